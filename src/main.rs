@@ -1,0 +1,3 @@
+//! The `platter` program.
+
+fn main() {}
