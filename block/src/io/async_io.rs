@@ -1,0 +1,107 @@
+//! The data plane of one queue: requests in, completions out.
+
+use std::{os::fd::BorrowedFd, time::Duration};
+
+use super::Buffers;
+use crate::{ErrorKind, Result};
+
+/// One request of a queue. `id` is the caller's and comes back in the completion.
+#[derive(Debug)]
+pub struct Request {
+    /// The caller's name for the request.
+    pub id: u64,
+    /// What to do.
+    pub op: RequestOp,
+}
+
+/// What a request asks for. Offsets and lengths are in bytes.
+#[derive(Debug)]
+pub enum RequestOp {
+    /// Fill the buffers from the disk.
+    Read {
+        /// The first guest byte.
+        offset: u64,
+        /// Where the bytes go.
+        buffers: Buffers,
+    },
+    /// Write the buffers to the disk.
+    Write {
+        /// The first guest byte.
+        offset: u64,
+        /// Where the bytes come from.
+        buffers: Buffers,
+        /// Force unit access: complete only when the data is durable.
+        fua: bool,
+    },
+    /// Make everything that completed before durable.
+    Flush,
+    /// The range is not needed any more.
+    Discard {
+        /// The first guest byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+    },
+    /// Make the range read as zeroes.
+    WriteZeroes {
+        /// The first guest byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+        /// Whether host space may be given back.
+        may_unmap: bool,
+    },
+}
+
+/// The end of a request: everything was done, or the request failed as a whole.
+#[derive(Debug)]
+pub struct Completion {
+    /// The id of the request.
+    pub id: u64,
+    /// Success, or what went wrong.
+    pub result: Result<(), ErrorKind>,
+    /// The buffers of a read or write, given back.
+    pub buffers: Option<Buffers>,
+}
+
+/// The data plane of one queue. It is made by
+/// [`create_async_io`](crate::AsyncDiskFile::create_async_io) on the thread that drives it and stays
+/// there. Dropping it waits for everything in flight.
+///
+/// The life of a request: [`submit`](Self::submit) starts it, the notifier becomes readable (or
+/// [`wait`](Self::wait) returns) when something may have completed, [`reap`](Self::reap) returns
+/// completions and starts what became possible.
+pub trait AsyncIo {
+    /// Starts requests from the front of `batch`, removing those it took, with one submission to
+    /// the host for all of them. It takes fewer than all only when
+    /// [`capacity`](Self::capacity) is reached; the rest stays and can be offered again after the
+    /// next completion. Returns the number taken.
+    fn submit(&mut self, batch: &mut Vec<Request>) -> usize;
+
+    /// Appends the completions at hand to `out` and returns their number. Never blocks.
+    fn reap(&mut self, out: &mut Vec<Completion>) -> usize;
+
+    /// Requests submitted and not yet reaped.
+    fn in_flight(&self) -> usize;
+
+    /// The most requests that can be in flight.
+    fn capacity(&self) -> usize;
+
+    /// A descriptor that becomes readable when [`reap`](Self::reap) should be called. It means
+    /// "poll me", never a count; `reap` clears it.
+    fn notifier(&self) -> BorrowedFd<'_>;
+
+    /// Also wakes [`wait`](Self::wait) when `fd` becomes readable, once: after it fired, a
+    /// completion with this `id` and no buffers is reaped and the watch is over. The caller keeps `fd`
+    /// open until then, or until this queue is dropped.
+    ///
+    /// # Errors
+    /// The host's error when the descriptor cannot be watched.
+    fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()>;
+
+    /// Blocks until there is something to reap or `timeout` has passed; returns whether there is.
+    ///
+    /// # Errors
+    /// The host's error when waiting fails.
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<bool>;
+}

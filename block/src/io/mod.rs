@@ -1,0 +1,18 @@
+//! Engines, queues, buffers and the blocking pool: every system call of the crate.
+
+mod async_io;
+mod buffers;
+mod engine;
+mod file;
+mod fsinfo;
+
+pub use async_io::{AsyncIo, Completion, Request, RequestOp};
+pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
+pub use engine::{Engine, EngineFile, EngineKind, FallocateMode, HostOp, Started, Token};
+pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};
+pub use fsinfo::LockError;
+
+/// TODO
+pub struct Io;
+/// TODO
+pub struct MapCache;
