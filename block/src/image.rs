@@ -16,7 +16,8 @@ use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
-    io::{Buffers, Io, MapCache},
+    io::{Buffers, Io},
+    table::MapCache,
     types::HostOffset,
 };
 
@@ -286,13 +287,14 @@ pub trait Image: Send + Sync {
         Box::pin(async { Err(Error::corrupt("image has no opaque data")) })
     }
 
-    /// Reserves space for writing the start of `range`. Waits for other writes in preparation that
-    /// need the same clusters.
+    /// Reserves space for writing the start of `range`, loading tables as needed. Waits for other
+    /// writes in preparation that need the same clusters. `None` means: look again, it can be
+    /// written in place now.
     fn prepare<'a>(
         &'a self,
         io: &'a Io,
         range: GuestRange,
-    ) -> LocalFuture<'a, Result<Prepared<'a>>>;
+    ) -> LocalFuture<'a, Result<Option<Prepared<'a>>>>;
 
     /// Forgets a range. What is smaller than the image's unit stays as it is.
     fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>>;

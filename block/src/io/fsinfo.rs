@@ -217,3 +217,12 @@ pub(crate) fn unlock_permissions(file: &File) {
     // Failing to unlock a descriptor that is about to be closed changes nothing.
     let _ = fcntl_lock(file, libc::F_OFD_SETLK, &mut lock);
 }
+
+/// Makes an eventfd readable.
+pub(crate) fn write_eventfd(fd: std::os::fd::RawFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: writes eight bytes from a local array to an open descriptor.
+    let written = unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
+    // Only a full counter refuses, and then the descriptor is readable already.
+    debug_assert!(written == 8 || io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock);
+}
