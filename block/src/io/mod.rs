@@ -3,14 +3,19 @@
 mod async_io;
 mod buffers;
 mod engine;
+mod engine_sync;
 mod file;
 mod fsinfo;
+mod os_host;
+mod sys;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
 pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
 pub use engine::{Engine, EngineFile, EngineKind, FallocateMode, HostOp, Started, Token};
+pub use engine_sync::SyncEngine;
 pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};
 pub use fsinfo::LockError;
+pub use os_host::OsHost;
 
 /// TODO
 pub struct Io;

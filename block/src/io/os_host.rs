@@ -1,0 +1,38 @@
+//! The operating system as a host: its files and its engines.
+
+use std::path::Path;
+
+use super::{Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine};
+use crate::{Error, Result};
+
+/// The operating system: files by path, engines by kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OsHost {}
+
+impl OsHost {
+    /// The operating system with default engine options.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Host for OsHost {
+    fn open(&self, path: &Path, options: FileOptions) -> Result<HostFile> {
+        HostFile::open(path, options)
+    }
+
+    fn engine(&self, kind: EngineKind, depth: u32) -> Result<Box<dyn Engine>> {
+        let _ = depth;
+        match kind {
+            EngineKind::Sync => Ok(Box::new(SyncEngine::new()?)),
+            EngineKind::IoUring | EngineKind::LinuxAio => Err(Error::unsupported(format!(
+                "the {kind} engine is not built yet"
+            ))),
+        }
+    }
+
+    fn is_os(&self) -> bool {
+        true
+    }
+}
