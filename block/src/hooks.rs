@@ -38,21 +38,30 @@ pub(crate) struct Hooks {
 impl Hooks {
     /// Attaches a hook. The caller drained the disk, so that no change is half seen.
     pub(crate) fn attach(&self, hook: Arc<dyn Hook>) {
-        let mut list = self.list.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut list = self
+            .list
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         list.push(hook);
         self.any.store(true, Ordering::Release);
     }
 
     /// Detaches a hook. The caller drained the disk.
     pub(crate) fn detach(&self, hook: &Arc<dyn Hook>) {
-        let mut list = self.list.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut list = self
+            .list
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         list.retain(|other| !Arc::ptr_eq(other, hook));
         self.any.store(!list.is_empty(), Ordering::Release);
     }
 
     fn each(&self, act: impl Fn(&dyn Hook)) {
         if self.any.load(Ordering::Acquire) {
-            let list = self.list.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let list = self
+                .list
+                .read()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             list.iter().for_each(|hook| act(&**hook));
         }
     }

@@ -10,19 +10,17 @@
 //!
 //! An image holds no engine: every asynchronous method is given the calling queue's [`Io`].
 
-use std::{future::Future, path::PathBuf, pin::Pin, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
     io::{Buffers, Io},
+    sync::LocalFuture,
     table::MapCache,
     types::HostOffset,
 };
-
-/// A boxed future of one queue: it never leaves its thread.
-pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// How a run of guest bytes lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,9 @@
 //! How to open a disk.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{Format, gate::FileGate, io::EngineKind};
 
@@ -100,6 +103,7 @@ pub struct OpenOptions {
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) lock_wait: Duration,
 }
 
 /// The default of [`OpenOptions::metadata_cache_size`]: 32 MiB, which maps 256 GiB of a qcow2 image
@@ -124,6 +128,7 @@ impl Default for OpenOptions {
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            lock_wait: Duration::ZERO,
         }
     }
 }
@@ -252,6 +257,13 @@ impl OpenOptions {
     #[must_use]
     pub fn allow_corrupt(mut self, allow: bool) -> Self {
         self.allow_corrupt = allow;
+        self
+    }
+
+    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    #[must_use]
+    pub fn lock_wait(mut self, wait: Duration) -> Self {
+        self.lock_wait = wait;
         self
     }
 

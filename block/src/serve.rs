@@ -2,15 +2,19 @@
 //!
 //! The same code serves the queues of every engine and the synchronous calls of [`DiskFile`](crate::DiskFile).
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     Error, ErrorKind, GuestRange, Result,
     detect::{self, RawGuard},
     hooks::{Hooks, Mutation},
-    image::{ExtentKind, Extents, Image, Intent, LocalFuture, Prepared},
-    io::{AlignedBuf, Buffers, Io, RequestOp, Segment, join_all},
+    image::{ExtentKind, Extents, Image, Intent, Prepared},
+    io::{AlignedBuf, Buffers, Io, RequestOp, Segment},
     options::{DetectZeroes, DiscardPolicy},
+    sync::{LocalFuture, join_all},
 };
 
 /// The most zero bytes written with one operation where a map cannot express zeroes.
@@ -46,6 +50,8 @@ pub(crate) struct Served {
     pub(crate) policy: Policy,
     pub(crate) guard: Option<RawGuard>,
     pub(crate) hooks: Hooks,
+    /// The disk was closed: nothing is accepted any more.
+    pub(crate) closed: AtomicBool,
 }
 
 /// The change a request makes.
@@ -66,11 +72,15 @@ pub(crate) fn mutation(op: &RequestOp) -> Option<Mutation> {
 
 /// Checks a request against the disk before anything is started.
 pub(crate) fn check(served: &Served, op: &RequestOp) -> Result<(), ErrorKind> {
+    if served.closed.load(Ordering::Acquire) {
+        return Err(ErrorKind::Io(libc::EBADF));
+    }
     let (offset, len) = match op {
         RequestOp::Flush => return Ok(()),
-        RequestOp::Read { offset, buffers } | RequestOp::Write { offset, buffers, .. } => {
-            (*offset, buffers.len())
-        }
+        RequestOp::Read { offset, buffers }
+        | RequestOp::Write {
+            offset, buffers, ..
+        } => (*offset, buffers.len()),
         RequestOp::Discard { offset, len } | RequestOp::WriteZeroes { offset, len, .. } => {
             (*offset, *len)
         }
@@ -171,10 +181,7 @@ pub(crate) async fn read(
             range = range.skip(extent.len);
             at += extent.len;
         }
-        join_all(pieces)
-            .await
-            .into_iter()
-            .collect::<Result<()>>()?;
+        join_all(pieces).await.into_iter().collect::<Result<()>>()?;
     }
     Ok(())
 }
@@ -184,7 +191,11 @@ fn image_at(mut image: &dyn Image, depth: u32) -> Result<&dyn Image> {
     for _ in 0..depth {
         image = match image.backing() {
             Some(backing) => &**backing,
-            None => return Err(Error::corrupt("an extent names an image below the last one")),
+            None => {
+                return Err(Error::corrupt(
+                    "an extent names an image below the last one",
+                ));
+            }
         };
     }
     Ok(image)
@@ -316,10 +327,7 @@ async fn write_image(
             pieces.push(io.write_segments(file, offset.0, segments, dsync));
             at += extent.len;
         }
-        join_all(pieces)
-            .await
-            .into_iter()
-            .collect::<Result<()>>()?;
+        join_all(pieces).await.into_iter().collect::<Result<()>>()?;
         range = range.skip(in_place.len);
     }
     Ok(unsettled)

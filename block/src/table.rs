@@ -8,7 +8,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
 };
 
-use crate::io::lock;
+use crate::sync::lock;
 
 /// Whether what a slice says is on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,13 +8,8 @@ use std::{
     },
 };
 
-use super::{
-    Host, HostFile, Pool,
-    driver::Eof,
-    notify::Coalescer,
-    pins::Pins,
-    ranges::RangeTable,
-};
+use super::{Host, HostFile, Pool, driver::Eof, pins::Pins, ranges::RangeTable};
+use crate::sync::Coalescer;
 use crate::{FileId, Result};
 
 /// What a file of a disk is used for: it decides what the end of the file means.
@@ -31,7 +26,7 @@ pub enum FileRole {
 #[derive(Debug)]
 pub(crate) struct FileEntry {
     pub(crate) file: Arc<HostFile>,
-    pub(crate) role: FileRole,
+    raw_data: AtomicBool,
     /// Writes in flight, where direct I/O makes that matter.
     pub(crate) ranges: Option<RangeTable>,
     pub(crate) sync: Coalescer,
@@ -42,10 +37,24 @@ pub(crate) struct FileEntry {
 impl FileEntry {
     /// What a read of data does at the end of the file.
     pub(crate) fn eof(&self) -> Eof {
-        match self.role {
+        match self.role() {
             FileRole::RawData => Eof::Error,
             FileRole::Clusters => Eof::Zeroes,
         }
+    }
+
+    pub(crate) fn role(&self) -> FileRole {
+        if self.raw_data.load(Ordering::Acquire) {
+            FileRole::RawData
+        } else {
+            FileRole::Clusters
+        }
+    }
+
+    /// Says what the file is used for, once its format is known.
+    pub(crate) fn set_role(&self, role: FileRole) {
+        self.raw_data
+            .store(role == FileRole::RawData, Ordering::Release);
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -82,18 +91,24 @@ impl DiskCore {
         let entry = FileEntry {
             ranges: (file.is_direct() && file.is_writable()).then(RangeTable::default),
             file: Arc::new(file),
-            role,
+            raw_data: AtomicBool::new(role == FileRole::RawData),
             sync: Coalescer::default(),
             sync_failed: AtomicBool::new(false),
         };
-        let mut files = self.files.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut files = self
+            .files
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         files.push(Arc::new(entry));
         FileId((files.len() - 1) as u32)
     }
 
     /// A file of the disk.
     pub(crate) fn file(&self, id: FileId) -> Result<Arc<FileEntry>> {
-        let files = self.files.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let files = self
+            .files
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         files
             .get(id.0 as usize)
             .cloned()
@@ -102,7 +117,10 @@ impl DiskCore {
 
     /// The number of files.
     pub(crate) fn file_count(&self) -> u32 {
-        let files = self.files.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let files = self
+            .files
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         files.len() as u32
     }
 }

@@ -21,10 +21,10 @@ use std::{
 
 use super::{
     AlignedBuf, Engine, EngineFile, FallocateMode, HostOp, Segments, Started, Token, buffers,
-    notify::lock,
     slab::{Key, Slab},
 };
-use crate::{Error, ErrorKind, Result, image::LocalFuture};
+use crate::sync::lock;
+use crate::{Error, ErrorKind, Result, sync::LocalFuture};
 
 /// Retries of one operation that was interrupted without progress before it is given up.
 const MAX_INTERRUPTIONS: u32 = 10_000;
@@ -249,7 +249,11 @@ impl Driver {
     /// Starts an operation. Its memory must stay valid until it ended: it is either the operation's
     /// own buffer, or the owner keeps it (a request its buffers; [`OpFuture`] waits when dropped).
     pub(crate) fn start(&self, new: NewOp, owner: Owner) -> Key {
-        let total = new.segments.iter().map(|segment| segment.len() as u64).sum();
+        let total = new
+            .segments
+            .iter()
+            .map(|segment| segment.len() as u64)
+            .sum();
         let op = Op {
             new,
             total,

@@ -6,22 +6,18 @@ use std::{
     path::PathBuf,
     pin::Pin,
     rc::Rc,
-    sync::{
-        Arc, Mutex,
-        atomic::Ordering,
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use super::{
-    AlignedBuf, EngineFile, FallocateMode, Segment, Segments,
-    buffers,
+    AlignedBuf, EngineFile, FallocateMode, Segment, Segments, buffers,
     core::{DiskCore, FileEntry},
     driver::{Driver, Eof, NewOp, OpKind},
-    notify::lock,
     pins::QueuePins,
 };
+use crate::sync::lock;
 use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
 
 struct OpenFile {
@@ -335,7 +331,7 @@ impl Io {
         self.write_now(file, start, segments, Some(buffer), dsync)
             .await?;
         let wanted = file_len.max(offset + len);
-        if entry.role == super::FileRole::RawData && end > wanted {
+        if entry.role() == super::FileRole::RawData && end > wanted {
             // Direct I/O wrote whole blocks; a raw image keeps its length.
             self.set_len(file, wanted).await?;
         }

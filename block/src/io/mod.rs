@@ -2,11 +2,20 @@
 
 mod async_io;
 mod buffers;
+mod busy;
+mod context;
+mod core;
+mod driver;
 mod engine;
 mod engine_sync;
 mod file;
 mod fsinfo;
+mod handle;
 mod os_host;
+mod pins;
+mod pool;
+mod ranges;
+mod slab;
 mod sys;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
@@ -17,7 +26,15 @@ pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile}
 pub use fsinfo::LockError;
 pub use os_host::OsHost;
 
-/// TODO
-pub struct Io;
-/// TODO
-pub struct MapCache;
+pub use self::core::FileRole;
+pub use handle::Io;
+pub use pool::Pool;
+
+pub(crate) use self::core::DiskCore;
+pub(crate) use busy::InFlight;
+pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
+pub(crate) use driver::{Driver, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use fsinfo::write_eventfd;
+pub(crate) use handle::is_aligned;
+pub(crate) use pins::{Drained, Pin};
+pub(crate) use slab::{Key, Slab};

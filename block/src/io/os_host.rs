@@ -1,6 +1,6 @@
 //! The operating system as a host: its files and its engines.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine};
 use crate::{Error, Result};
@@ -20,6 +20,22 @@ impl OsHost {
 impl Host for OsHost {
     fn open(&self, path: &Path, options: FileOptions) -> Result<HostFile> {
         HostFile::open(path, options)
+    }
+
+    fn open_beneath(&self, folder: &Path, name: &Path, options: FileOptions) -> Result<HostFile> {
+        HostFile::open_beneath(folder, name, options)
+    }
+
+    fn absolute(&self, path: &Path) -> Option<PathBuf> {
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let folder = folder.canonicalize().ok()?;
+        Some(match path.file_name() {
+            Some(name) => folder.join(name),
+            None => path.canonicalize().ok()?,
+        })
     }
 
     fn engine(&self, kind: EngineKind, depth: u32) -> Result<Box<dyn Engine>> {

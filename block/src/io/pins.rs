@@ -17,7 +17,7 @@ use std::{
     },
 };
 
-use super::notify::{Notify, lock};
+use crate::sync::{Notify, lock};
 
 /// No request of the queue is pinned.
 const IDLE: u64 = u64::MAX;

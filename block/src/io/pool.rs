@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use super::notify::lock;
+use crate::sync::lock;
 
 type Job = Box<dyn FnOnce() + Send>;
 

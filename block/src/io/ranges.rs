@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use super::notify::{Notify, lock};
+use crate::sync::{Notify, lock};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Held {

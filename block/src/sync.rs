@@ -1,12 +1,16 @@
-//! Waiting across queues: wake lists and coalesced work, in safe Rust.
+//! Waiting across queues: locks, wake lists and coalesced work, in safe Rust.
 //!
 //! A waiter never inherits a result by accident: it is woken, looks again, and goes on or waits on.
 
 use std::{
     future::{Future, poll_fn},
+    pin::Pin,
     sync::{Mutex, MutexGuard, PoisonError},
     task::{Poll, Waker},
 };
+
+/// A boxed future of one queue: it never leaves its thread.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// Locks a mutex whose data stays consistent even if a holder panicked.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -140,7 +144,7 @@ where
     F: Future<Output = T>,
 {
     enum Slot<F, T> {
-        Running(std::pin::Pin<Box<F>>),
+        Running(Pin<Box<F>>),
         Done(T),
     }
     let mut slots: Vec<Slot<F, T>> = futures
