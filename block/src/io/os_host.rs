@@ -2,12 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine};
+use super::{
+    Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine, UringEngine, UringOptions,
+};
 use crate::{Error, Result};
 
 /// The operating system: files by path, engines by kind.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct OsHost {}
+pub struct OsHost {
+    /// How its io_uring engines work.
+    pub uring: UringOptions,
+}
 
 impl OsHost {
     /// The operating system with default engine options.
@@ -39,10 +44,10 @@ impl Host for OsHost {
     }
 
     fn engine(&self, kind: EngineKind, depth: u32) -> Result<Box<dyn Engine>> {
-        let _ = depth;
         match kind {
             EngineKind::Sync => Ok(Box::new(SyncEngine::new()?)),
-            EngineKind::IoUring | EngineKind::LinuxAio => Err(Error::unsupported(format!(
+            EngineKind::IoUring => Ok(Box::new(UringEngine::new(depth, self.uring)?)),
+            EngineKind::LinuxAio => Err(Error::unsupported(format!(
                 "the {kind} engine is not built yet"
             ))),
         }

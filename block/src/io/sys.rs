@@ -147,6 +147,24 @@ pub(crate) fn prefix(segments: &[Segment], unit: usize) -> &[Segment] {
     &segments[..if best == 0 { MAX_SEGMENTS } else { best }]
 }
 
+/// Clears `O_NONBLOCK`, which opening sets so that it never waits. io_uring reads it as the wish to
+/// have `EAGAIN` instead of waiting, wherever the file system cannot start reads without waiting.
+pub(crate) fn clear_nonblocking(fd: RawFd) -> io::Result<()> {
+    // SAFETY: asks for a number.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if flags & libc::O_NONBLOCK == 0 {
+        return Ok(());
+    }
+    // SAFETY: takes plain numbers.
+    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 fn result(returned: isize) -> i32 {
     if returned < 0 {
         last_errno()
