@@ -8,9 +8,11 @@ use std::fmt::Display;
 
 use crate::{Error, FileId, Result, io::Io};
 
+mod area;
 mod fields;
 mod write;
 
+use area::{needed_bytes, padded, parse_extensions};
 pub use fields::{
     Autoclear, BitmapsExtension, Compatible, CompressionType, CryptMethod, CryptoExtension,
     Extension, ExtensionType, FeatureName, Incompatible,
@@ -158,7 +160,8 @@ impl Header {
         Self::parse_as(&bytes, purpose).map_err(with_path)
     }
 
-    /// Parses the start of an image: its first cluster, or at least the part in use.
+    /// Parses the start of an image: its first cluster, or at least the part in use; what `bytes`
+    /// does not have counts as zeroes.
     ///
     /// # Errors
     /// [`InvalidImage`](crate::ErrorKind::InvalidImage) naming field, value and expectation;
@@ -197,10 +200,7 @@ impl Header {
             ));
         }
         let cluster_size = 1u32 << cluster_bits;
-        // An image shorter than its first cluster ends in zeroes.
-        let mut first = bytes[..bytes.len().min(cluster_size as usize)].to_vec();
-        first.resize(cluster_size as usize, 0);
-        let bytes = &first[..];
+        let bytes = &bytes[..bytes.len().min(cluster_size as usize)];
 
         let mut header = Header {
             version,
@@ -256,7 +256,7 @@ impl Header {
             let end = start + backing_file_size as usize;
             used = used.max(end);
             // An empty name means no backing file.
-            header.backing_file = Some(bytes[start..end].to_vec()).filter(|name| !name.is_empty());
+            header.backing_file = Some(padded(bytes, start, end)).filter(|name| !name.is_empty());
         }
         let last = bytes
             .iter()
@@ -264,7 +264,7 @@ impl Header {
             .map_or(0, |at| at + 1);
         used = used.max(last).max(header.header_length as usize);
         header.origin = Origin {
-            bytes: bytes[..used].to_vec(),
+            bytes: padded(bytes, 0, used),
             backing_file_offset,
             backing_file_size,
             backing_file: header.backing_file.clone(),
@@ -304,7 +304,7 @@ impl Header {
                 "a multiple of 8",
             ));
         }
-        self.additional = bytes[104..self.header_length as usize].to_vec();
+        self.additional = padded(bytes, 104, self.header_length as usize);
         Ok(())
     }
 
@@ -539,83 +539,4 @@ impl Header {
         }
         Ok(())
     }
-}
-
-/// How many bytes of the image the header area takes, as far as `bytes` can tell.
-fn needed_bytes(bytes: &[u8]) -> usize {
-    let cluster_bits = be32(bytes, 20);
-    if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
-        return 0;
-    }
-    let cluster_size = 1usize << cluster_bits;
-    let version = be32(bytes, 4);
-    let mut at = if version == 2 {
-        V2_HEADER_LENGTH as usize
-    } else {
-        be32(bytes, 100) as usize
-    };
-    let backing_offset = be64(bytes, 8);
-    if backing_offset != 0 {
-        let end = backing_offset.saturating_add(u64::from(be32(bytes, 16)));
-        if end > bytes.len() as u64 {
-            return cluster_size;
-        }
-    }
-    while at.saturating_add(8) <= bytes.len() {
-        let kind = be32(bytes, at);
-        if kind == ExtensionType::END.0 {
-            return 0;
-        }
-        at = at
-            .saturating_add(8)
-            .saturating_add((be32(bytes, at + 4) as usize).next_multiple_of(8));
-        if backing_offset != 0 && at as u64 >= backing_offset {
-            return 0;
-        }
-    }
-    cluster_size
-}
-
-/// The extensions between `at` and `end`, and where the area stops.
-fn parse_extensions(bytes: &[u8], mut at: usize, end: usize) -> Result<(Vec<Extension>, usize)> {
-    let mut extensions: Vec<Extension> = Vec::new();
-    while at < end {
-        let too_large = |len: u64| {
-            bad_field(
-                "Header extension too large",
-                "header extension length",
-                len,
-                format_args!("to end at or before {end:#x}"),
-            )
-        };
-        if end - at < 8 {
-            return Err(too_large(8));
-        }
-        let kind = ExtensionType(be32(bytes, at));
-        let len = be32(bytes, at + 4);
-        at += 8;
-        if len as usize > end - at {
-            return Err(too_large(u64::from(len)));
-        }
-        if kind == ExtensionType::END {
-            break;
-        }
-        if kind.is_known() && extensions.iter().any(|known| known.kind == kind) {
-            return Err(bad_field(
-                "Header extension appears twice",
-                "header extension type",
-                format_args!("{:#x}", kind.0),
-                "at most one",
-            ));
-        }
-        // The last extension may lack its padding when the area ends with it.
-        let padded = (len as usize).next_multiple_of(8).min(end - at);
-        extensions.push(Extension {
-            kind,
-            data: bytes[at..at + len as usize].to_vec(),
-            padding: bytes[at + len as usize..at + padded].to_vec(),
-        });
-        at += padded;
-    }
-    Ok((extensions, at))
 }
