@@ -8,6 +8,7 @@ mod engine_uring;
 mod file;
 mod fsinfo;
 mod os_host;
+pub mod sim;
 mod sys;
 mod uring_setup;
 

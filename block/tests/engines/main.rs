@@ -1,0 +1,5 @@
+//! One table of tests over every engine.
+
+mod data;
+mod rig;
+mod waiting;
