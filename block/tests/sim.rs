@@ -1,5 +1,7 @@
 //! The simulation itself: determinism, time, durability, faults.
 
+#![allow(clippy::unwrap_used)] // A test ends where something unexpected happens.
+
 use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use block::io::{

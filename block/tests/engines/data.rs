@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use block::io::{AlignedBuf, FallocateMode, FileOptions, HostOp, Segment};
+use block::{
+    ErrorKind,
+    io::{AlignedBuf, EngineKind, FallocateMode, FileOptions, Host, HostOp, OsHost, Segment},
+};
 
 use crate::rig::*;
 
@@ -300,4 +303,25 @@ fn an_unregistered_file_is_closed() {
         drop(engine);
         assert!(again.lock(2, 0).is_ok(), "{}", rig.name);
     }
+}
+
+#[test]
+fn linux_aio_refuses_files_without_direct_io() {
+    let host = OsHost::new();
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("buffered");
+    let options = FileOptions {
+        write: true,
+        create: true,
+        ..FileOptions::default()
+    };
+    let file = Arc::new(host.open(&path, options).unwrap());
+    let mut engine = host.engine(EngineKind::LinuxAio, 8).unwrap();
+    let error = engine.register(&file).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    let text = error.to_string();
+    assert!(
+        text.contains("buffered") && text.contains("direct I/O"),
+        "{text}"
+    );
 }

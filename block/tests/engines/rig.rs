@@ -50,6 +50,8 @@ pub(crate) fn rigs() -> Vec<Rig> {
             ..UringOptions::default()
         },
     };
+    let mut aio_epoll = rig("aio, epoll", OsHost::new(), EngineKind::LinuxAio, true);
+    aio_epoll.announce = true;
     let mut epoll = rig("uring, epoll", OsHost::new(), EngineKind::IoUring, true);
     epoll.announce = true;
     let mut epoll_buffered = rig(
@@ -76,6 +78,8 @@ pub(crate) fn rigs() -> Vec<Rig> {
             EngineKind::IoUring,
             true,
         ),
+        rig("aio", OsHost::new(), EngineKind::LinuxAio, true),
+        aio_epoll,
         rig("uring, spinning", spinning, EngineKind::IoUring, true),
         epoll,
         epoll_buffered,
