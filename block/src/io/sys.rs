@@ -78,7 +78,7 @@ pub(crate) struct Registered {
     /// The unit of direct I/O, or 1.
     pub(crate) unit: usize,
     /// Keeps it open.
-    _file: Arc<HostFile>,
+    pub(crate) file: Arc<HostFile>,
 }
 
 /// The files that an engine knows.
@@ -91,7 +91,7 @@ impl FileTable {
         let registered = Some(Registered {
             fd: file.raw_fd().unwrap_or(-1),
             unit: file.alignment().offset.max(1) as usize,
-            _file: Arc::clone(file),
+            file: Arc::clone(file),
         });
         let index = match self.0.iter().position(Option::is_none) {
             Some(free) => {
