@@ -301,7 +301,7 @@ impl Host for SimHost {
             .components()
             .any(|component| !matches!(component, std::path::Component::Normal(_)));
         if climbs {
-            return Err(Error::new(ErrorKind::Denied).path(&folder.join(name)));
+            return Err(Error::new(crate::ErrorKind::Denied).path(&folder.join(name)));
         }
         let path = match folder.to_str() {
             Some(".") => name.to_owned(),
