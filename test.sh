@@ -26,7 +26,7 @@ host_packages="cc:gcc ld:binutils python3:python3 xz:xz-utils"
 lab_tests="guest vhost_client differential"
 
 section_setup() {
-    local pair missing=
+    local pair missing=''
     for pair in $host_packages; do
         command -v "${pair%%:*}" > /dev/null || missing="$missing ${pair#*:}"
     done
@@ -125,7 +125,7 @@ main() {
     # Tests that call qemu-img or qemu-io get those of the lab, of one known version.
     export PATH=$lab/reference:$PATH
 
-    local passed=0 failed=0 summary= start verdict good bad
+    local passed=0 failed=0 summary='' start verdict good bad
     for section in "$@"; do
         printf '\n==== %s: %s\n' "$section" "$(sed -n "s/^#   $section  *\(.*\)/\1/p" "$0")"
         start=$SECONDS

@@ -20,11 +20,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(cd "$here/../.." && pwd)
 lab=$top/.cache/lab
 cache=$top/.cache/iotests
+# shellcheck disable=SC2034 # read by say
 SAY_AS=iotests
+# shellcheck source=tests/lab/debian.sh
 . "$here/../lab/debian.sh"
 
 main() {
-    local format= program= reference= jobs limit=300 keep=
+    local format='' program='' reference='' jobs limit=300 keep=''
     jobs=$(nproc)
     while [ $# -gt 0 ]; do
         case $1 in
@@ -43,8 +45,8 @@ main() {
     fetch
 
     # The folder that a build of QEMU would be: the programs under test, and real ones for everything else.
-    rm -rf "$cache/bin" "$cache/scratch" "$cache/results"
-    mkdir -p "$cache/bin" "$cache/scratch" "$cache/results"
+    rm -rf "${cache:?}"/{bin,scratch,results}
+    mkdir -p "$cache"/{bin,scratch,results}
     ln -s "$lab/reference/qemu-nbd" "$lab/reference/qemu-storage-daemon" "$lab/bin/qemu-system-x86_64" "$cache/bin/"
     if [ -n "$reference" ]; then
         ln -s "$lab/reference/qemu-img" "$lab/reference/qemu-io" "$cache/bin/"

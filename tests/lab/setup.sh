@@ -16,6 +16,7 @@ trap 'echo "lab: error: line $LINENO: $BASH_COMMAND" >&2' ERR
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=$(cd "$here/../.." && pwd)/.cache
 lab=$cache/lab
+# shellcheck source=tests/lab/debian.sh
 . "$here/debian.sh"
 
 # The release everything comes from, and its newer packages, which bring the QEMU that can speak vfio-user.
@@ -118,13 +119,13 @@ unpack() {
 # wrapper FILE LIBRARIES PROGRAM PROGRAMS : makes FILE run PROGRAM of the root PROGRAMS with the libraries of the root
 # LIBRARIES, both relative to FILE's folder, so that the whole lab may be moved or cached
 wrapper() {
-    local file=$1 libraries=$2 program=$3 programs=$4 path firmware= folder
+    local file=$1 libraries=$2 program=$3 programs=$4 path firmware='' folder
     folder=$(dirname "$file")
     for path in "$programs"/usr/{bin,sbin}/"$program" none; do
         [ ! -e "$folder/$path" ] || break
     done
     [ "$path" != none ] || die "the packages hold no program $program"
-    case $program in qemu-system-*) firmware='-L "$lab/'$libraries'/usr/share/qemu" -L "$lab/'$libraries'/usr/share/seabios"' ;; esac
+    case $program in qemu-system-*) firmware="-L \"\$lab/$libraries/usr/share/qemu\" -L \"\$lab/$libraries/usr/share/seabios\"" ;; esac
     cat > "$file" <<WRAPPER
 #!/bin/sh
 lab=\$(dirname "\$(readlink -f "\$0")")
