@@ -68,7 +68,7 @@ fetch() {
     debian_apt_init "$apt" deb "$suite" "$newer"
     # With everything they depend on, recommendations left out.
     retry debian_apt get install -qq -y --download-only --no-install-recommends -t "$newer" \
-        qemu-system-x86 qemu-utils libblkio1 e2fsprogs liburcu8t64 libinih1 libblkid1 cpio kmod zstd xz-utils \
+        qemu-system-x86 qemu-utils libblkio1 e2fsprogs liburcu8t64 libinih1 libblkid1 libedit2 cpio kmod zstd xz-utils \
         > "$apt/log" 2>&1 || die "apt could not fetch QEMU: $(tail -5 "$apt/log")"
     # Without: they would pull in an interpreter, every network protocol, or a boot loader.
     kernel=$(debian_apt cache depends "linux-image-cloud-amd64/$suite" | awk '$1 == "Depends:" && $2 ~ /^linux-image/ && !seen++ { print $2 }')
@@ -206,10 +206,13 @@ kernel_image() {
 # prove : every piece that a test relies on is there and starts; what the release no longer has must show here
 prove() {
     say "checking the pieces"
-    local program devices driver
-    for program in $disk_programs; do
-        # These print their version or their usage, with various codes; what must not appear is a library not found.
-        case $("$lab/bin/$program" -V < /dev/null 2>&1) in *'error while loading'*) die "$program does not start" ;; esac
+    local program devices driver missing lib=$lab/root/usr/lib/x86_64-linux-gnu
+    # A library that the host happens to have would hide that another host lacks it.
+    for program in "$lab"/root/usr/*bin/* "$lab"/reference/root/usr/bin/*; do
+        case " $qemu_programs $disk_programs " in *" $(basename "$program") "*) ;; *) continue ;; esac
+        missing=$("$lib/ld-linux-x86-64.so.2" --library-path "$lib:$lib/pulseaudio" --list "$program" 2>&1 |
+            awk -v lab="$lab/" '/not found/ || ($2 == "=>" && index($3, lab) != 1) { print $1 }')
+        [ -z "$missing" ] || die "$program needs what was not fetched:" $missing
     done
     for program in $qemu_programs; do
         "$lab/bin/$program" --version > /dev/null || die "$program does not start"
