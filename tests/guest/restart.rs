@@ -5,7 +5,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::file_system::{FileSystem, manifest, manifest_command};
-use crate::lab::{Durability, Server, Subject, Workplace, check_image, subject, wait_until};
+use crate::lab::{
+    Durability, Server, Subject, Workplace, check_image, check_image_after_kill, subject,
+    wait_until,
+};
 use crate::machine::Guest;
 
 /// How long the guest may take to go on after its server came back.
@@ -104,7 +107,10 @@ fn server_goes_and_comes(
     guest.finish();
     server.stop();
 
-    check_image(image, format);
+    match durability {
+        Durability::Plain => check_image(image, format),
+        Durability::Restartable => check_image_after_kill(image, format),
+    }
     let raw = workplace.as_raw(image, format);
     let files = workplace.file("files");
     file_system.read_out(&raw, &expected, &files);
