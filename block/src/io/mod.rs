@@ -19,8 +19,8 @@ mod os_host;
 mod pins;
 mod pool;
 mod ranges;
-mod slab;
 pub mod sim;
+mod slab;
 mod sys;
 mod uring_setup;
 

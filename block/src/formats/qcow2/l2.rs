@@ -169,7 +169,11 @@ pub(super) fn decode(raw: u64, cluster: u64, geometry: &Geometry) -> Result<Entr
     let host = raw & OFFSET_MASK;
     let copied = raw & COPIED != 0;
     if geometry.in_cluster(host) != 0 {
-        return Err(bad_entry(raw, cluster, "a host offset on a cluster boundary"));
+        return Err(bad_entry(
+            raw,
+            cluster,
+            "a host offset on a cluster boundary",
+        ));
     }
     if raw & ZERO != 0 {
         if !geometry.zero_flag {
@@ -183,7 +187,11 @@ pub(super) fn decode(raw: u64, cluster: u64, geometry: &Geometry) -> Result<Entr
     if host == 0 {
         // The flag without an offset would put guest data over the header.
         return if copied {
-            Err(bad_entry(raw, cluster, "a host offset with the flag COPIED"))
+            Err(bad_entry(
+                raw,
+                cluster,
+                "a host offset with the flag COPIED",
+            ))
         } else {
             Ok(Entry::Unallocated)
         };

@@ -214,7 +214,11 @@ impl Refcounts {
     fn count(&self, state: &State, cluster: u64) -> Result<u64, Stop> {
         let number = cluster / self.block_len();
         match state.blocks.get(&number) {
-            Some(block) => Ok(read_count(&block.bytes, self.order, cluster % self.block_len())),
+            Some(block) => Ok(read_count(
+                &block.bytes,
+                self.order,
+                cluster % self.block_len(),
+            )),
             None if self.block_offset(state, number)?.is_none() => Ok(0),
             None => Err(NeedBlock(number).into()),
         }
@@ -434,7 +438,8 @@ impl Refcounts {
 
     /// The reference count of a cluster.
     pub(super) async fn get(&self, io: &Io, cluster: u64) -> Result<u64> {
-        self.with_blocks(io, |state| self.count(state, cluster)).await
+        self.with_blocks(io, |state| self.count(state, cluster))
+            .await
     }
 
     /// Finds room for `bytes` of compressed data: packed behind the last, or in new clusters. Every
@@ -573,7 +578,11 @@ mod tests {
     fn counts_of_every_width_round_trip() {
         for order in 0..=6 {
             let bits = 1u32 << order;
-            let max = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+            let max = if bits == 64 {
+                u64::MAX
+            } else {
+                (1 << bits) - 1
+            };
             let mut bytes = vec![0; 64];
             let places = 512 / u64::from(bits);
             for index in 0..places {
@@ -582,7 +591,11 @@ mod tests {
                 write_count(&mut bytes, order, index, index & max);
             }
             for index in 0..places {
-                assert_eq!(read_count(&bytes, order, index), index & max, "{order} {index}");
+                assert_eq!(
+                    read_count(&bytes, order, index),
+                    index & max,
+                    "{order} {index}"
+                );
             }
         }
     }
