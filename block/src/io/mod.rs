@@ -13,6 +13,7 @@ mod fsinfo;
 mod os_host;
 pub mod sim;
 mod sys;
+mod uring_memory;
 mod uring_setup;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
