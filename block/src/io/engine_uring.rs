@@ -521,7 +521,7 @@ impl Engine for UringEngine {
         if !self.announced.get() {
             return self.wait_in_ring(timeout);
         }
-        self.submit()?;
+        let timeout = sys::try_again_soon(self.submit(), timeout)?;
         if self.completions_at_hand() || self.owes_completions() {
             return Ok(());
         }

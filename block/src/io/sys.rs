@@ -336,6 +336,23 @@ pub(crate) fn poll_result(revents: libc::c_short) -> i32 {
     }
 }
 
+/// The timeout to sleep with after a submission: short if the kernel had no room for all of it.
+pub(crate) fn try_again_soon(
+    submitted: io::Result<()>,
+    timeout: Option<Duration>,
+) -> io::Result<Option<Duration>> {
+    const SOON: Duration = Duration::from_millis(1);
+    match submitted {
+        Ok(()) => Ok(timeout),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EBUSY) => {
+                Ok(Some(timeout.map_or(SOON, |timeout| timeout.min(SOON))))
+            }
+            _ => Err(error),
+        },
+    }
+}
+
 /// Waits until a descriptor is ready, the timeout has passed, or a signal arrived.
 pub(crate) fn poll(fds: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
     let timeout = timeout.map(|timeout| libc::timespec {
