@@ -51,6 +51,8 @@ pub struct AioEngine {
     free: Vec<u32>,
     /// Started, not yet submitted to the kernel, in order.
     queued: Vec<u32>,
+    /// The kernel had no room for what is queued.
+    stuck: bool,
     /// Refused by the kernel, not yet reaped.
     refused: Vec<(u32, i32)>,
     /// Operations in flight that must end before the engine does.
@@ -85,6 +87,7 @@ impl AioEngine {
                 .collect(),
             free: (0..depth).rev().collect(),
             queued: Vec::new(),
+            stuck: false,
             refused: Vec::new(),
             unfinished: 0,
             pointers: Vec::new(),
@@ -341,6 +344,7 @@ impl Engine for AioEngine {
                     // With operations in flight, their completions let the caller try again.
                     let busy = self.slots.len() - self.free.len() > self.queued.len();
                     if busy || attempts == SUBMIT_ATTEMPTS {
+                        self.stuck = true;
                         return Err(error);
                     }
                     attempts += 1;
@@ -359,15 +363,14 @@ impl Engine for AioEngine {
             self.notifier.clear();
             self.collect(out);
         }
+        if std::mem::take(&mut self.stuck) {
+            // What ended made room. If not, it is tried again next time.
+            let _ = self.submit();
+        }
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        match self.submit() {
-            Ok(()) => {}
-            // Something in flight makes room, and wakes us.
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-            Err(error) => return Err(error),
-        }
+        let timeout = sys::try_again_soon(self.submit(), timeout)?;
         if !self.refused.is_empty() || self.worker.has_results() {
             return Ok(());
         }

@@ -22,6 +22,7 @@ mod ranges;
 pub mod sim;
 mod slab;
 mod sys;
+mod uring_memory;
 mod uring_setup;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};

@@ -50,6 +50,12 @@ pub(crate) fn rigs() -> Vec<Rig> {
             ..UringOptions::default()
         },
     };
+    let compatible = OsHost {
+        uring: UringOptions {
+            compatible: true,
+            ..UringOptions::default()
+        },
+    };
     let mut aio_epoll = rig("aio, epoll", OsHost::new(), EngineKind::LinuxAio, true);
     aio_epoll.announce = true;
     let mut epoll = rig("uring, epoll", OsHost::new(), EngineKind::IoUring, true);
@@ -80,6 +86,13 @@ pub(crate) fn rigs() -> Vec<Rig> {
         ),
         rig("aio", OsHost::new(), EngineKind::LinuxAio, true),
         aio_epoll,
+        rig("uring, old kernel", compatible, EngineKind::IoUring, true),
+        rig(
+            "uring, old kernel, buffered",
+            compatible,
+            EngineKind::IoUring,
+            false,
+        ),
         rig("uring, spinning", spinning, EngineKind::IoUring, true),
         epoll,
         epoll_buffered,

@@ -4,6 +4,7 @@ use std::{
     os::fd::{AsFd, AsRawFd},
     path::Path,
     sync::Arc,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -393,4 +394,92 @@ fn polled_completions_are_refused_with_a_reason() {
     };
     let error = host.engine(EngineKind::IoUring, 8).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn the_notifier_can_be_asked_for_at_any_time() {
+    for rig in rigs() {
+        let file = rig.file();
+        let mut engine = rig.engine(8);
+        if engine.engine.is_synchronous() || engine.engine.is_simulated() {
+            continue;
+        }
+        let id = engine.register(&file);
+        engine.write(id, 0, &pattern(BLOCK, 1), false);
+        // Sleeping in the engine leaves its own watch behind.
+        engine.engine.wait(Some(Duration::from_millis(1))).unwrap();
+        let buffers = Buffers::owned(AlignedBuf::zeroed(BLOCK));
+        let read = HostOp::Read {
+            file: id,
+            offset: 0,
+            segments: buffers.segments(),
+        };
+        let (before, _) = engine.start(read);
+        engine.engine.submit().unwrap();
+        engine.epoll = true;
+        assert_eq!(engine.finish(before), 4096, "{}", rig.name);
+        for _ in 0..20 {
+            assert_eq!(engine.run(read), 4096, "{}", rig.name);
+        }
+        // And then sleeping in the engine still works.
+        engine.epoll = false;
+        for _ in 0..20 {
+            assert_eq!(engine.run(read), 4096, "{}", rig.name);
+        }
+    }
+}
+
+#[test]
+fn no_wake_up_is_lost_among_completions() {
+    for rig in rigs() {
+        let file = rig.file();
+        let mut engine = rig.engine(8);
+        if engine.engine.is_simulated() {
+            continue;
+        }
+        let id = engine.register(&file);
+        engine.write(id, 0, &pattern(BLOCK, 1), false);
+        let buffers = Buffers::owned(AlignedBuf::zeroed(BLOCK));
+        let waker = engine.engine.waker().try_clone_to_owned().unwrap();
+        let (asked, answered) = (AtomicU64::new(0), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=300 {
+                    asked.store(round, Ordering::SeqCst);
+                    write_eventfd(waker.as_fd());
+                    while answered.load(Ordering::SeqCst) < round {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            let mut turn = 0u64;
+            while answered.load(Ordering::SeqCst) < 300 {
+                // Sometimes with an operation in flight, sometimes with nothing but the waker.
+                turn += 1;
+                let (token, _) = engine.start(HostOp::Read {
+                    file: id,
+                    offset: 0,
+                    segments: buffers.segments(),
+                });
+                if turn.is_multiple_of(3) {
+                    engine.finish(token);
+                }
+                // A lost wake-up shows as a wait of ten seconds.
+                let begin = Instant::now();
+                while !turn.is_multiple_of(3) && engine.done.is_empty() {
+                    engine.sleep(Some(Duration::from_secs(10)));
+                    engine.engine.reap(&mut engine.done);
+                }
+                engine.done.clear();
+                while asked.load(Ordering::SeqCst) == answered.load(Ordering::SeqCst)
+                    && answered.load(Ordering::SeqCst) < 300
+                {
+                    engine.sleep(Some(Duration::from_secs(10)));
+                    engine.engine.reap(&mut engine.done);
+                }
+                assert!(begin.elapsed() < Duration::from_secs(9), "{}", rig.name);
+                answered.store(asked.load(Ordering::SeqCst), Ordering::SeqCst);
+            }
+        });
+    }
 }
