@@ -12,7 +12,7 @@ use std::{
 };
 
 use block::{
-    FileId, Result,
+    FileId, Locking, Result,
     formats::qcow2::header::Header,
     io::Io,
     offline::{OfflineOptions, with_file},
@@ -28,7 +28,11 @@ pub fn on<T>(path: &Path, work: impl AsyncFnOnce(&Io, FileId) -> Result<T>) -> R
 
 /// The header of an image.
 pub fn header(path: &Path) -> Header {
-    on(path, async |io, file| Header::read(io, file).await).unwrap()
+    let options = OfflineOptions {
+        locking: Locking::Off,
+        ..OfflineOptions::read()
+    };
+    with_file(path, options, async |io, file| Header::read(io, file).await).unwrap()
 }
 
 pub fn temp_dir() -> TempDir {
