@@ -144,9 +144,11 @@ pub(crate) fn parse<M: GuestMemory>(
 
 /// The first byte of a read or write, if it is whole sectors inside the disk.
 fn io_offset(sector: u64, len: u64, shared: &Shared) -> Option<u64> {
-    let sectors = len / SECTOR;
-    let end = sector.checked_add(sectors)?;
-    (len.is_multiple_of(SECTOR) && end <= shared.capacity()).then_some(sector * SECTOR)
+    let end = sector.checked_add(len / SECTOR)?;
+    if !len.is_multiple_of(SECTOR) || end > shared.capacity() {
+        return None;
+    }
+    sector.checked_mul(SECTOR)
 }
 
 fn done_if_empty(action: Action, op: Op, len: u64) -> Action {
