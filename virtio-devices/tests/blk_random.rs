@@ -18,7 +18,7 @@ enum Expected {
 #[test]
 fn legal_traffic_matches_a_model() {
     for seed in 1..=20 {
-        let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
+        let mut random = Random::seeded(seed);
         let mut setup = Setup::default();
         setup.driver.event_idx = random.chance(2);
         setup.driver.indirect = random.chance(2);
@@ -136,7 +136,7 @@ fn hostile_len(random: &mut Random) -> u32 {
 fn illegal_traffic_never_panics_and_never_hangs() {
     let (mut broken, mut returned) = (0, 0);
     for seed in 1..=600 {
-        let mut random = Random(seed * 0x2545_f491_4f6c_dd1d);
+        let mut random = Random::seeded(seed);
         let mut setup = Setup::default();
         setup.driver.event_idx = random.chance(2);
         setup.disk.capacity = random.below(4) as usize;
@@ -220,7 +220,7 @@ fn illegal_traffic_never_panics_and_never_hangs() {
 
 /// The index at which the guest of that seed started.
 fn guest_start(seed: u64) -> u16 {
-    let mut random = Random(seed * 0x2545_f491_4f6c_dd1d);
+    let mut random = Random::seeded(seed);
     for _ in 0..4 {
         random.next();
     }
