@@ -10,18 +10,17 @@
 //!
 //! An image holds no engine: every asynchronous method is given the calling queue's [`Io`].
 
-use std::{future::Future, path::PathBuf, pin::Pin, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
-    io::{Buffers, Io, MapCache},
+    io::{Buffers, Io},
+    sync::LocalFuture,
+    table::MapCache,
     types::HostOffset,
 };
-
-/// A boxed future of one queue: it never leaves its thread.
-pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// How a run of guest bytes lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +56,7 @@ pub struct Extent {
 pub struct Extents {
     list: Vec<Extent>,
     len: u64,
+    depth: u32,
 }
 
 /// The most extents one lookup returns; a longer range is looked up in pieces.
@@ -91,6 +91,28 @@ impl Extents {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.list.len() >= MAX_EXTENTS
+    }
+
+    /// Appends a run that only the image at the current depth can serve.
+    pub fn push_opaque(&mut self, len: u64) {
+        let depth = self.depth;
+        self.push(len, ExtentKind::Opaque { depth });
+    }
+
+    /// What `look_up` appends comes from the backing image.
+    pub fn below<T>(&mut self, look_up: impl FnOnce(&mut Self) -> T) -> T {
+        self.depth += 1;
+        let result = look_up(self);
+        self.depth -= 1;
+        result
+    }
+
+    /// [`below`](Self::below) for an asynchronous lookup.
+    pub async fn below_async<T>(&mut self, look_up: impl AsyncFnOnce(&mut Self) -> T) -> T {
+        self.depth += 1;
+        let result = look_up(self).await;
+        self.depth -= 1;
+        result
     }
 
     /// Appends a run, merging it with the last one where they continue each other. Opaque runs
@@ -252,8 +274,8 @@ pub trait Image: Send + Sync {
     /// The host file that holds the image's own data.
     fn data_file(&self) -> FileId;
 
-    /// Looks `range` up without waiting: appends extents to `out` (which is empty) for as much of
-    /// the range, from its start, as is known now. Nothing appended is a miss.
+    /// Looks `range` up without waiting: appends extents to `out` for as much of the range, from
+    /// its start, as is known now. Nothing appended is a miss.
     ///
     /// # Errors
     /// When the map itself is corrupt.
@@ -265,8 +287,8 @@ pub trait Image: Send + Sync {
         out: &mut Extents,
     ) -> Result<()>;
 
-    /// Looks `range` up for reading, loading tables as needed: appends extents to `out` (which is
-    /// empty) for at least one byte of the range.
+    /// Looks `range` up for reading, loading tables as needed: appends extents to `out` for at
+    /// least one byte of the range.
     fn map<'a>(
         &'a self,
         io: &'a Io,
@@ -286,13 +308,14 @@ pub trait Image: Send + Sync {
         Box::pin(async { Err(Error::corrupt("image has no opaque data")) })
     }
 
-    /// Reserves space for writing the start of `range`. Waits for other writes in preparation that
-    /// need the same clusters.
+    /// Reserves space for writing the start of `range`, loading tables as needed. Waits for other
+    /// writes in preparation that need the same clusters. `None` means: look again, it can be
+    /// written in place now.
     fn prepare<'a>(
         &'a self,
         io: &'a Io,
         range: GuestRange,
-    ) -> LocalFuture<'a, Result<Prepared<'a>>>;
+    ) -> LocalFuture<'a, Result<Option<Prepared<'a>>>>;
 
     /// Forgets a range. What is smaller than the image's unit stays as it is.
     fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>>;
@@ -339,13 +362,14 @@ pub trait Image: Send + Sync {
     /// Changes the size. The disk is drained.
     fn resize<'a>(&'a self, io: &'a Io, size: u64) -> LocalFuture<'a, Result<()>>;
 
-    /// Writes one compressed cluster.
+    /// Writes one cluster compressed; `false` when it does not become smaller: the caller writes it
+    /// as it is then.
     fn write_compressed<'a>(
         &'a self,
         io: &'a Io,
         range: GuestRange,
         data: &'a [u8],
-    ) -> LocalFuture<'a, Result<()>> {
+    ) -> LocalFuture<'a, Result<bool>> {
         let _ = (io, range, data);
         let format = self.format();
         Box::pin(async move {
