@@ -12,8 +12,8 @@ use block::{
         header::{Header, Incompatible},
         repair::repair_dirty,
     },
-    io::{EngineKind, FileOptions},
-    offline::with_file,
+    io::EngineKind,
+    offline::{OfflineOptions, with_file},
 };
 use qcow2_support::{
     Random, assert_clean, header, on, qemu_check, qemu_create, qemu_io, temp_dir, tool, try_tool,
@@ -139,8 +139,10 @@ fn clean_images_are_clean_and_counted_alike() {
         assert!(fs::read(&path).unwrap() == before, "{path:?} changed");
         let uring = with_file(
             &path,
-            FileOptions::default(),
-            EngineKind::IoUring,
+            OfflineOptions {
+                engine: EngineKind::IoUring,
+                ..OfflineOptions::read()
+            },
             async |io, file| {
                 let mut header = Header::read_for_check(io, file).await?;
                 check(io, file, &mut header, Repair::None, &mut |_| {}).await
