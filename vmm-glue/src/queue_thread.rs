@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io,
     os::fd::AsFd,
     sync::{
         Arc,
@@ -24,7 +24,6 @@ use virtio_devices::{
     worker::Progress,
 };
 use virtio_queue::Queue;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::sys;
 
@@ -66,7 +65,7 @@ pub(crate) struct QueueHandle<S> {
     /// Dropped to end the thread.
     commands: Option<Sender<Command<S>>>,
     replies: Receiver<Reply>,
-    wake: EventFd,
+    wake: File,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -80,7 +79,7 @@ impl<S: MemorySource + Send + 'static> QueueHandle<S> {
     ) -> io::Result<Self> {
         let (commands, inbox) = channel();
         let (outbox, replies) = channel();
-        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let wake = sys::event()?;
         let queue = QueueThread {
             index,
             device,
@@ -125,14 +124,14 @@ impl<S: MemorySource + Send + 'static> QueueHandle<S> {
         if let Some(commands) = &self.commands {
             let _ = commands.send(command);
         }
-        let _ = self.wake.write(1);
+        let _ = sys::signal(&self.wake);
     }
 }
 
 impl<S> Drop for QueueHandle<S> {
     fn drop(&mut self) {
         drop(self.commands.take());
-        let _ = self.wake.write(1);
+        let _ = sys::signal(&self.wake);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -149,7 +148,7 @@ struct QueueThread<S> {
     poll: Duration,
     inbox: Receiver<Command<S>>,
     outbox: Sender<Reply>,
-    wake: EventFd,
+    wake: File,
 }
 
 impl<S: MemorySource> QueueThread<S> {
@@ -209,7 +208,7 @@ impl<S: MemorySource> QueueThread<S> {
             }
             // A command is sent before the descriptor is written, so what woke us is there now,
             // unless it was the start of this ring itself.
-            let _ = self.wake.read();
+            sys::clear(&self.wake);
             match self.inbox.try_recv() {
                 Err(TryRecvError::Empty) => {}
                 Ok(Command::Stop(how)) => break how,
@@ -250,8 +249,7 @@ impl<S: MemorySource> QueueThread<S> {
                 return Ok(());
             }
             if rung != 0 {
-                // Non-blocking; the count says nothing.
-                let _ = (&*kick).read(&mut [0; 8]);
+                sys::clear(kick);
             }
         }
     }

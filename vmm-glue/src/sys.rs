@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr::NonNull,
     time::{Duration, Instant},
@@ -54,6 +54,30 @@ pub(crate) fn after(duration: Duration) -> Instant {
     Instant::now() + duration
 }
 
+/// An eventfd that does not block.
+pub(crate) fn event() -> io::Result<File> {
+    // SAFETY: eventfd takes no pointer.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: the call above made this descriptor, and nobody else has it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Adds one to an eventfd. One that is at its end has been told often enough.
+pub(crate) fn signal(event: &File) -> io::Result<()> {
+    let mut event = event;
+    match event.write(&1u64.to_ne_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Sets a non-blocking eventfd to zero.
+pub(crate) fn clear(event: &File) {
+    let mut event = event;
+    // Nothing to read is fine, and no other error is possible on an eventfd.
+    let _ = event.read(&mut [0; 8]);
+}
+
 /// A memfd of `size` zero bytes whose size can never change.
 pub(crate) fn sealed_memfd(name: &std::ffi::CStr, size: u64) -> io::Result<File> {
     // SAFETY: `name` is a NUL-terminated string.
@@ -100,7 +124,8 @@ fn mapping_unit(file: &File) -> u64 {
     let result = unsafe { libc::fstatfs(file.as_raw_fd(), info.as_mut_ptr()) };
     // SAFETY: it was zeroed, and all bytes zero is a valid `statfs`.
     let info = unsafe { info.assume_init() };
-    let page = vmm_sys_util::page_size::page_size() as u64;
+    // SAFETY: sysconf takes no pointer.
+    let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
     if result == 0 && info.f_type == libc::HUGETLBFS_MAGIC {
         u64::try_from(info.f_bsize).unwrap_or(page).max(page)
     } else {

@@ -62,6 +62,7 @@ mod session;
 mod socket;
 
 use std::{
+    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
@@ -77,10 +78,7 @@ use virtio_devices::{
     Interrupt,
     virtio_blk::{VirtioBlk, VirtioBlkConfig},
 };
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
-};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use memory::{DirtyPages, MAX_REGIONS, VhostUserMemory, VhostUserRegion};
 
@@ -143,7 +141,7 @@ pub struct VhostUserBlkConfig {
 
 /// Asks a server to stop, from any thread or from a signal handler.
 #[derive(Debug)]
-pub struct StopHandle(EventFd);
+pub struct StopHandle(File);
 
 impl StopHandle {
     /// The server ends its connection, drains, flushes, closes the disk and returns.
@@ -151,7 +149,7 @@ impl StopHandle {
     /// # Errors
     /// The host's error when the eventfd cannot be written.
     pub fn stop(&self) -> io::Result<()> {
-        self.0.write(1)
+        sys::signal(&self.0)
     }
 
     /// Another handle of the same server.
@@ -182,7 +180,7 @@ impl StopSignals {
 #[derive(Debug)]
 struct StopSources {
     epoll: Epoll,
-    event: EventFd,
+    event: File,
     signals: Option<StopSignals>,
 }
 
@@ -190,7 +188,7 @@ impl StopSources {
     fn new() -> io::Result<Self> {
         let sources = Self {
             epoll: Epoll::new()?,
-            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            event: sys::event()?,
             signals: None,
         };
         sources.add(sources.event.as_fd())?;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io,
     sync::{Mutex, PoisonError, RwLock},
 };
 
@@ -10,6 +10,7 @@ use vhost::vhost_user::message::BackendReq;
 use virtio_devices::{Interrupt, virtio::QueueFault};
 
 use super::message::Channel;
+use crate::sys;
 
 /// The descriptors of one ring.
 #[derive(Debug, Default)]
@@ -67,16 +68,6 @@ impl Notifier {
     }
 }
 
-/// Adds one to an eventfd.
-fn signal(file: &File) -> io::Result<()> {
-    match (&*file).write(&1u64.to_ne_bytes()) {
-        Ok(_) => Ok(()),
-        // The counter is at its end: the other side has been told often enough.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
 impl Interrupt for Notifier {
     fn signal_queue(&self, queue: u16) -> io::Result<()> {
         let Some(ring) = self.rings.get(usize::from(queue)) else {
@@ -84,7 +75,7 @@ impl Interrupt for Notifier {
         };
         // The control thread holds the lock only to change the descriptor.
         match &*ring.call.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(file) => signal(file),
+            Some(file) => sys::signal(file),
             None => Ok(()),
         }
     }
@@ -104,7 +95,7 @@ impl Interrupt for Notifier {
             return;
         };
         if let Some(file) = &*ring.err.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _ = signal(file);
+            let _ = sys::signal(file);
         }
     }
 }

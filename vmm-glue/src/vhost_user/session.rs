@@ -70,7 +70,7 @@ pub(super) enum End {
 }
 
 /// What the front end said about one ring.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Vring {
     size: u16,
     addresses: Option<VhostUserVringAddr>,
