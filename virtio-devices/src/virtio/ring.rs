@@ -44,13 +44,17 @@ pub(crate) struct SplitRing {
 }
 
 impl SplitRing {
-    pub(crate) fn new(queue: &Queue) -> Result<Self, QueueFault> {
+    /// The rings as `queue` has them; `event_idx` when the driver accepted that feature, whether or
+    /// not the transport told the queue.
+    pub(crate) fn new(queue: &Queue, event_idx: bool) -> Result<Self, QueueFault> {
         let size = queue.size();
         if !queue.ready() || size == 0 || !size.is_power_of_two() || size > 1 << 15 {
             return Err(QueueFault::NotReady);
         }
+        let mut snapshot = QueueSnapshot::of(queue);
+        snapshot.event_idx |= event_idx;
         Ok(Self {
-            snapshot: QueueSnapshot::of(queue),
+            snapshot,
             mask: size - 1,
             doorbell: Doorbell::Unknown,
         })

@@ -96,6 +96,10 @@ impl Shared {
         self.offered & feature != 0
     }
 
+    pub(crate) fn acked(&self, feature: u64) -> bool {
+        self.acked.load(Ordering::Acquire) & feature != 0
+    }
+
     pub(crate) fn config(&self) -> &VirtioBlkConfig {
         &self.config
     }

@@ -16,7 +16,7 @@ use vm_memory::{
 };
 
 use super::{
-    Shared, config,
+    Shared, config, feature,
     request::{self, Action, Data, IOERR, OK, Scratch, UNSUPP},
 };
 use crate::{
@@ -122,7 +122,8 @@ impl<S: MemorySource> BlkQueue<S> {
             queue: index,
             fault,
         };
-        let ring = SplitRing::new(queue).map_err(fault)?;
+        let event_idx = shared.acked(feature::EVENT_IDX);
+        let ring = SplitRing::new(queue, event_idx).map_err(fault)?;
         let memory = Arc::new(QueueMemory(source.load()));
         ring.view(&*memory).map_err(fault)?;
         // A front end may give the driver a smaller queue than ours after telling it our `seg_max`:
