@@ -124,7 +124,9 @@ impl Running {
 
     /// Waits for its end.
     pub fn join(&mut self) -> Result<()> {
-        self.thread.take().unwrap().join().unwrap()
+        let thread = self.thread.take().unwrap();
+        eventually("the server ends", || thread.is_finished());
+        thread.join().unwrap()
     }
 
     /// Whether it still runs.
@@ -137,9 +139,10 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.stop.stop();
         if let Some(thread) = self.thread.take() {
-            let result = thread.join();
+            // A test that fails does not wait for what may hang.
             if !thread::panicking() {
-                result.unwrap().unwrap();
+                eventually("the server ends", || thread.is_finished());
+                thread.join().unwrap().unwrap();
             }
         }
     }
