@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+pub mod codec;
 mod detect;
 pub mod disk;
 pub mod disk_file;
@@ -27,6 +28,7 @@ pub mod gate;
 pub mod hooks;
 pub mod image;
 pub mod io;
+pub mod offline;
 pub mod options;
 mod queue;
 mod serve;
