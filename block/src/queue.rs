@@ -21,7 +21,7 @@ use crate::{
     image::{ExtentKind, Extents, Intent},
     io::{
         AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, NewOp, OpKind, Owner,
-        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned, write_eventfd,
+        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
     },
     serve::{self, Served},
 };
@@ -400,7 +400,7 @@ impl AsyncIo for Queue {
         self.driver().submit();
         if !inner.completed.borrow().is_empty() {
             // Done already: whoever waits for the notifier must come and look.
-            write_eventfd(self.driver().notifier().as_raw_fd());
+            self.driver().notify();
         }
         take
     }
