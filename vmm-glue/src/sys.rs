@@ -229,9 +229,8 @@ impl StopSignals {
             unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
         }
         // SAFETY: the set is initialised; the old mask is not asked for.
-        let result = unsafe {
-            libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut())
-        };
+        let result =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) };
         if result != 0 {
             return Err(io::Error::from_raw_os_error(result));
         }

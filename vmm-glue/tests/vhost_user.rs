@@ -34,7 +34,10 @@ fn mock() -> MockDisk {
 fn serves_an_image_on_two_queues() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.raw");
-    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
     let options = OpenOptions::new().format(block::Format::Raw);
     let disk = options.open(&image).unwrap();
     let server = Running::new(disk, config(2));
@@ -68,7 +71,11 @@ fn serves_an_image_on_two_queues() {
 
     let bytes = std::fs::read(&image).unwrap();
     assert!(bytes[..8192].iter().all(|byte| *byte == 0x11));
-    assert!(bytes[64 << 10..(64 << 10) + 8192].iter().all(|byte| *byte == 0x22));
+    assert!(
+        bytes[64 << 10..(64 << 10) + 8192]
+            .iter()
+            .all(|byte| *byte == 0x22)
+    );
     for queue in 0..2usize {
         for slot in 0..10usize {
             let at = (1 << 18) * (queue + 1) + slot * 4096;
@@ -111,16 +118,29 @@ fn the_cache_mode_can_be_set_and_nothing_else() {
     let server = Running::new(Box::new(disk.clone()), config(1));
     let mut client = Client::new(&server.path, 1);
     let write = VhostUserConfigFlags::WRITABLE;
-    client.frontend.set_config(WRITEBACK_OFFSET as u32, write, &[0]).unwrap();
+    client
+        .frontend
+        .set_config(WRITEBACK_OFFSET as u32, write, &[0])
+        .unwrap();
     client.check(0, 0, 1);
     let durable = disk.log().iter().any(|logged| {
-        matches!(logged, virtio_devices::testing::Logged::Write { fua: true, .. })
-            || matches!(logged, virtio_devices::testing::Logged::Flush)
+        matches!(
+            logged,
+            virtio_devices::testing::Logged::Write { fua: true, .. }
+        ) || matches!(logged, virtio_devices::testing::Logged::Flush)
     });
     assert!(durable, "{:?}", disk.log());
     assert!(client.frontend.set_config(0, write, &[1; 8]).is_err());
-    assert!(client.frontend.set_config(WRITEBACK_OFFSET as u32, write, &[1, 1]).is_err());
-    client.frontend.set_config(0, VhostUserConfigFlags::LIVE_MIGRATION, &[1; 8]).unwrap();
+    assert!(
+        client
+            .frontend
+            .set_config(WRITEBACK_OFFSET as u32, write, &[1, 1])
+            .is_err()
+    );
+    client
+        .frontend
+        .set_config(0, VhostUserConfigFlags::LIVE_MIGRATION, &[1; 8])
+        .unwrap();
     assert_eq!(client.capacity(), (1 << 20) / 512);
 }
 
@@ -293,7 +313,11 @@ fn logs_dirty_pages() {
     drop(client);
     // SAFETY: F_ADD_SEALS takes an int.
     let sealed = unsafe {
-        libc::fcntl(log.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
+        libc::fcntl(
+            log.as_raw_fd(),
+            libc::F_ADD_SEALS,
+            libc::F_SEAL_SHRINK | libc::F_SEAL_GROW,
+        )
     };
     assert_eq!(sealed, 0);
     let mut client = Client::new(&server.path, 1);
@@ -374,7 +398,10 @@ fn a_stalled_front_end_does_not_keep_it_from_stopping() {
 
 #[test]
 fn once_ends_with_the_first_front_end() {
-    let config = VhostUserBlkConfig { once: true, ..config(1) };
+    let config = VhostUserBlkConfig {
+        once: true,
+        ..config(1)
+    };
     let mut server = Running::new(Box::new(mock()), config);
     // Somebody who only looks is no front end.
     drop(UnixStream::connect(&server.path).unwrap());

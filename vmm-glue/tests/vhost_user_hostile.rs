@@ -13,7 +13,9 @@ use std::{
     path::Path,
 };
 
-use common::{Client, HIGH, PATIENCE, QUEUE_SIZE, REGION, Running, USER, config, connect, features};
+use common::{
+    Client, HIGH, PATIENCE, QUEUE_SIZE, REGION, Running, USER, config, connect, features,
+};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
@@ -28,7 +30,10 @@ use vmm_sys_util::{
 };
 
 fn server(queues: u16) -> Running {
-    Running::new(Box::new(MockDisk::new(MockDiskConfig::default())), config(queues))
+    Running::new(
+        Box::new(MockDisk::new(MockDiskConfig::default())),
+        config(queues),
+    )
 }
 
 /// A message as bytes; `flags` as they are.
@@ -75,42 +80,104 @@ fn malformed_messages_cost_the_connection() {
     is_refused(&server, &message(2, ok, 4, &[0; 4]), &[]);
     is_refused(&server, &message(2, ok, 16, &[0; 16]), &[]);
     // Features that were not offered.
-    for request in [Req::IOTLB_MSG, Req::VRING_KICK, Req::SET_STATUS, Req::POSTCOPY_ADVISE] {
+    for request in [
+        Req::IOTLB_MSG,
+        Req::VRING_KICK,
+        Req::SET_STATUS,
+        Req::POSTCOPY_ADVISE,
+    ] {
         is_refused(&server, &message(request as u32, ok, 0, &[]), &[]);
     }
-    is_refused(&server, &message(Req::SET_FEATURES as u32, ok, 8, &words(&[u64::MAX])), &[]);
+    is_refused(
+        &server,
+        &message(Req::SET_FEATURES as u32, ok, 8, &words(&[u64::MAX])),
+        &[],
+    );
     let bits = words(&[1 << 63]);
-    is_refused(&server, &message(Req::SET_PROTOCOL_FEATURES as u32, ok, 8, &bits), &[]);
+    is_refused(
+        &server,
+        &message(Req::SET_PROTOCOL_FEATURES as u32, ok, 8, &bits),
+        &[],
+    );
     // Memory tables: no head, counts that lie, descriptors missing or too many.
     let table = Req::SET_MEM_TABLE as u32;
     is_refused(&server, &message(table, ok, 0, &[]), &[]);
     is_refused(&server, &message(table, ok, 8, &words(&[1])), &[]);
-    is_refused(&server, &message(table, ok, 8, &words(&[u64::from(u32::MAX)])), &[fd]);
+    is_refused(
+        &server,
+        &message(table, ok, 8, &words(&[u64::from(u32::MAX)])),
+        &[fd],
+    );
     let region = words(&[1, 0, 4096, USER, 0]);
     is_refused(&server, &message(table, ok, 40, &region), &[]);
     is_refused(&server, &message(table, ok, 40, &region), &[fd, fd]);
     is_refused(&server, &message(table, ok, 40, &region), &[fd]);
     is_refused(&server, &message(table, ok, 40, &region), &[fd; 33]);
     // Rings that are not there, and descriptors that should be.
-    for request in [Req::SET_VRING_NUM, Req::SET_VRING_BASE, Req::GET_VRING_BASE, Req::SET_VRING_ENABLE] {
+    for request in [
+        Req::SET_VRING_NUM,
+        Req::SET_VRING_BASE,
+        Req::GET_VRING_BASE,
+        Req::SET_VRING_ENABLE,
+    ] {
         for index in [2u64, 255, u64::from(u32::MAX)] {
             let body = words(&[index | 1 << 32]);
             is_refused(&server, &message(request as u32, ok, 8, &body), &[]);
         }
     }
     for request in [Req::SET_VRING_KICK, Req::SET_VRING_CALL, Req::SET_VRING_ERR] {
-        is_refused(&server, &message(request as u32, ok, 8, &words(&[2])), &[fd]);
+        is_refused(
+            &server,
+            &message(request as u32, ok, 8, &words(&[2])),
+            &[fd],
+        );
         is_refused(&server, &message(request as u32, ok, 8, &words(&[0])), &[]);
-        is_refused(&server, &message(request as u32, ok, 8, &words(&[0])), &[fd, fd]);
+        is_refused(
+            &server,
+            &message(request as u32, ok, 8, &words(&[0])),
+            &[fd, fd],
+        );
     }
-    is_refused(&server, &message(Req::SET_VRING_KICK as u32, ok, 8, &words(&[0x100])), &[]);
-    is_refused(&server, &message(Req::SET_VRING_ADDR as u32, ok, 40, &words(&[9, 0, 0, 0, 0])), &[]);
-    is_refused(&server, &message(Req::SET_CONFIG as u32, ok, 4, &[0; 4]), &[]);
-    is_refused(&server, &message(Req::SET_CONFIG as u32, ok, 12, &[0xff; 12]), &[]);
-    is_refused(&server, &message(Req::SET_INFLIGHT_FD as u32, ok, 24, &[0; 24]), &[fd]);
-    is_refused(&server, &message(Req::SET_LOG_BASE as u32, ok, 16, &words(&[4096, 0])), &[fd]);
-    is_refused(&server, &message(Req::SET_BACKEND_REQ_FD as u32, ok, 0, &[]), &[]);
-    is_refused(&server, &message(Req::ADD_MEM_REG as u32, ok, 40, &words(&[0, 0, 4096, 0, 0])), &[]);
+    is_refused(
+        &server,
+        &message(Req::SET_VRING_KICK as u32, ok, 8, &words(&[0x100])),
+        &[],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_VRING_ADDR as u32, ok, 40, &words(&[9, 0, 0, 0, 0])),
+        &[],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_CONFIG as u32, ok, 4, &[0; 4]),
+        &[],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_CONFIG as u32, ok, 12, &[0xff; 12]),
+        &[],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_INFLIGHT_FD as u32, ok, 24, &[0; 24]),
+        &[fd],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_LOG_BASE as u32, ok, 16, &words(&[4096, 0])),
+        &[fd],
+    );
+    is_refused(
+        &server,
+        &message(Req::SET_BACKEND_REQ_FD as u32, ok, 0, &[]),
+        &[],
+    );
+    is_refused(
+        &server,
+        &message(Req::ADD_MEM_REG as u32, ok, 40, &words(&[0, 0, 4096, 0, 0])),
+        &[],
+    );
 
     // A peer that leaves in the middle of a message.
     let mut half = UnixStream::connect(&server.path).unwrap();
@@ -134,13 +201,14 @@ fn bad_memory_is_refused_and_the_connection_lives() {
     let file = tempfile::tempfile().unwrap();
     let empty = common::memfd(0);
     let folder = std::fs::File::open("/").unwrap();
-    let region = |guest: u64, size: u64, user: u64, offset: u64, fd: RawFd| VhostUserMemoryRegionInfo {
-        guest_phys_addr: guest,
-        memory_size: size,
-        userspace_addr: user,
-        mmap_offset: offset,
-        mmap_handle: fd,
-    };
+    let region =
+        |guest: u64, size: u64, user: u64, offset: u64, fd: RawFd| VhostUserMemoryRegionInfo {
+            guest_phys_addr: guest,
+            memory_size: size,
+            userspace_addr: user,
+            mmap_offset: offset,
+            mmap_handle: fd,
+        };
     let fd = guest.file.as_raw_fd();
     let bad = [
         // Beyond the file.
@@ -159,7 +227,11 @@ fn bad_memory_is_refused_and_the_connection_lives() {
         region(0, 4096, USER, 0, EventFd::new(0).unwrap().as_raw_fd()),
     ];
     for region in &bad {
-        assert!(frontend.set_mem_table(&[*region]).is_err(), "{:#x}", region.mmap_offset);
+        assert!(
+            frontend.set_mem_table(&[*region]).is_err(),
+            "{:#x}",
+            region.mmap_offset
+        );
         assert!(frontend.add_mem_region(region).is_err());
     }
     // Overlaps, in guest and in user addresses.
@@ -197,12 +269,20 @@ fn bad_rings_are_refused() {
     client.check(0, 0, 1);
     let good = client.addresses(0);
     // A running ring stays as it is.
-    let moved = VringConfigData { used_ring_addr: USER + 64, ..good };
+    let moved = VringConfigData {
+        used_ring_addr: USER + 64,
+        ..good
+    };
     assert!(client.frontend.set_vring_addr(0, &moved).is_err());
     assert!(client.frontend.set_vring_num(0, QUEUE_SIZE / 2).is_err());
     assert!(client.frontend.set_vring_base(0, 0).is_err());
     client.frontend.set_vring_addr(0, &good).unwrap();
-    assert!(client.frontend.set_features(features(1) & !(1 << 29)).is_err());
+    assert!(
+        client
+            .frontend
+            .set_features(features(1) & !(1 << 29))
+            .is_err()
+    );
     client.check(0, 0, 2);
 
     for size in [0, 3, 512, 32768, 65535] {
@@ -213,13 +293,29 @@ fn bad_rings_are_refused() {
     for (desc, avail, used) in [
         // Outside memory, across the end of a region, guest instead of user addresses, unaligned.
         (0, good.avail_ring_addr, good.used_ring_addr),
-        (USER + REGION - 16, good.avail_ring_addr, good.used_ring_addr),
+        (
+            USER + REGION - 16,
+            good.avail_ring_addr,
+            good.used_ring_addr,
+        ),
         (good.desc_table_addr, u64::MAX - 1, good.used_ring_addr),
         (good.desc_table_addr, good.avail_ring_addr, USER + REGION),
         (good.desc_table_addr, good.avail_ring_addr, HIGH),
-        (good.desc_table_addr + 8, good.avail_ring_addr, good.used_ring_addr),
-        (good.desc_table_addr, good.avail_ring_addr + 1, good.used_ring_addr),
-        (good.desc_table_addr, good.avail_ring_addr, good.used_ring_addr + 2),
+        (
+            good.desc_table_addr + 8,
+            good.avail_ring_addr,
+            good.used_ring_addr,
+        ),
+        (
+            good.desc_table_addr,
+            good.avail_ring_addr + 1,
+            good.used_ring_addr,
+        ),
+        (
+            good.desc_table_addr,
+            good.avail_ring_addr,
+            good.used_ring_addr + 2,
+        ),
     ] {
         let bad = VringConfigData {
             desc_table_addr: desc,
@@ -228,7 +324,10 @@ fn bad_rings_are_refused() {
             ..good
         };
         client.frontend.set_vring_addr(0, &bad).unwrap();
-        assert!(client.frontend.set_vring_kick(0, &kick).is_err(), "{desc:#x} {avail:#x} {used:#x}");
+        assert!(
+            client.frontend.set_vring_kick(0, &kick).is_err(),
+            "{desc:#x} {avail:#x} {used:#x}"
+        );
     }
     client.start_ring(0, base);
     client.check(0, 0, 3);
@@ -238,11 +337,20 @@ fn bad_rings_are_refused() {
 fn bad_configuration_and_inflight_requests_are_refused() {
     let server = server(1);
     let mut frontend = fresh(&server.path);
-    let none = VhostUserConfigFlags::empty();
-    for (offset, size) in [(256u32, 1u32), (200, 57), (0, 257), (4000, 8)] {
+    for (offset, size) in [
+        (256u32, 1u32),
+        (200, 57),
+        (0, 257),
+        (4000, 8),
+        (32, 2),
+        (33, 1),
+    ] {
         let buf = vec![0; size as usize];
-        assert!(frontend.get_config(offset, size, none, &buf).is_err(), "{offset} {size}");
-        assert!(frontend.set_config(offset, none, &buf).is_err(), "{offset} {size}");
+        let none = VhostUserConfigFlags::empty();
+        assert!(
+            frontend.set_config(offset, none, &buf).is_err(),
+            "{offset} {size}"
+        );
     }
     let asked = VhostUserInflight::new(0, 0, 1, QUEUE_SIZE);
     let (inflight, file) = frontend.get_inflight_fd(&asked).unwrap();
@@ -254,11 +362,21 @@ fn bad_configuration_and_inflight_requests_are_refused() {
         VhostUserInflight::new(u64::MAX, u64::MAX - 7, u16::MAX, 256),
     ];
     for inflight in &bad {
-        assert!(frontend.set_inflight_fd(inflight, file.as_raw_fd()).is_err());
+        assert!(
+            frontend
+                .set_inflight_fd(inflight, file.as_raw_fd())
+                .is_err()
+        );
     }
     let unsealed = common::memfd(1 << 20);
-    assert!(frontend.set_inflight_fd(&inflight, unsealed.as_raw_fd()).is_err());
-    frontend.set_inflight_fd(&inflight, file.as_raw_fd()).unwrap();
+    assert!(
+        frontend
+            .set_inflight_fd(&inflight, unsealed.as_raw_fd())
+            .is_err()
+    );
+    frontend
+        .set_inflight_fd(&inflight, file.as_raw_fd())
+        .unwrap();
     drop(frontend);
     // This one has no reply that could carry an error.
     for (queues, size) in [(2, QUEUE_SIZE), (1, 1024)] {
@@ -267,6 +385,37 @@ fn bad_configuration_and_inflight_requests_are_refused() {
         assert!(frontend.get_inflight_fd(&asked).is_err());
     }
     Client::new(&server.path, 1).check(0, 0, 1);
+}
+
+#[test]
+fn reading_beyond_the_configuration_space_gives_an_empty_reply() {
+    let server = server(1);
+    // The front end of the `vhost` crate waits for a payload that an error does not have.
+    let mut socket = UnixStream::connect(&server.path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    for (offset, size) in [
+        (256u32, 1u32),
+        (200, 57),
+        (0, 257),
+        (u32::MAX, 1),
+        (1, u32::MAX),
+        (0, 8),
+    ] {
+        let mut body: Vec<u8> = [offset, size, 0]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        body.resize(12 + (size as usize).min(300), 0);
+        let bytes = message(Req::GET_CONFIG as u32, 1, body.len() as u32, &body);
+        socket.write_all(&bytes).unwrap();
+        let good = offset == 0 && size == 8;
+        let mut reply = vec![0; if good { 32 } else { 24 }];
+        socket.read_exact(&mut reply).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(reply[at..at + 4].try_into().unwrap());
+        assert_eq!(word(4), 1 | 4);
+        assert_eq!(word(8), if good { 20 } else { 12 });
+        assert_eq!(word(16), if good { 8 } else { 0 });
+    }
 }
 
 #[test]
@@ -301,7 +450,9 @@ fn a_forged_inflight_area_is_refused_or_harmless() {
     }
     let mut frontend = connect(&server.path, features(1));
     frontend.set_mem_table(&guest.regions()).unwrap();
-    frontend.set_inflight_fd(&inflight, file.as_raw_fd()).unwrap();
+    frontend
+        .set_inflight_fd(&inflight, file.as_raw_fd())
+        .unwrap();
     let driver = &rings[0].driver;
     let addresses = VringConfigData {
         queue_max_size: QUEUE_SIZE,

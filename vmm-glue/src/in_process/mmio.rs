@@ -12,11 +12,9 @@ use std::{
 };
 
 use block::AsyncDiskFile;
-use virtio_bindings::bindings::{
-    virtio_config::{
-        VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
-        VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-    },
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
 };
 use virtio_devices::{
     Interrupt, MemorySource, Result,
@@ -345,7 +343,11 @@ impl<S: MemorySource + Clone + Send + 'static> VirtioMmioBlk<S> {
         }
         let value = value & DRIVER_BITS;
         if value & self.status != self.status {
-            tracing::debug!(value, status = self.status, "a driver cannot clear status bits");
+            tracing::debug!(
+                value,
+                status = self.status,
+                "a driver cannot clear status bits"
+            );
             return;
         }
         let mut added = value & !self.status;
@@ -356,9 +358,8 @@ impl<S: MemorySource + Clone + Send + 'static> VirtioMmioBlk<S> {
                 added &= !VIRTIO_CONFIG_S_FEATURES_OK;
             }
         }
-        let ready = VIRTIO_CONFIG_S_ACKNOWLEDGE
-            | VIRTIO_CONFIG_S_DRIVER
-            | VIRTIO_CONFIG_S_FEATURES_OK;
+        let ready =
+            VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
         if (self.status | added) & ready != ready {
             added &= !VIRTIO_CONFIG_S_DRIVER_OK;
         }

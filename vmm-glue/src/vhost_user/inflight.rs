@@ -44,10 +44,16 @@ fn stride(queue_size: u16) -> usize {
 }
 
 /// Makes the memfd for so many queues of that size.
-pub(super) fn create(num_queues: u16, queue_size: u16) -> std::io::Result<(VhostUserInflight, File)> {
+pub(super) fn create(
+    num_queues: u16,
+    queue_size: u16,
+) -> std::io::Result<(VhostUserInflight, File)> {
     let size = (stride(queue_size) * usize::from(num_queues)) as u64;
     let file = sys::sealed_memfd(c"platter-inflight", size)?;
-    Ok((VhostUserInflight::new(size, 0, num_queues, queue_size), file))
+    Ok((
+        VhostUserInflight::new(size, 0, num_queues, queue_size),
+        file,
+    ))
 }
 
 /// The mapped memfd.
@@ -62,7 +68,9 @@ impl InflightArea {
     /// Maps what the front end gives back.
     pub(super) fn map(inflight: &VhostUserInflight, file: &File) -> Result<Self, String> {
         let needed = stride(inflight.queue_size) * usize::from(inflight.num_queues);
-        if inflight.num_queues == 0 || inflight.queue_size == 0 || inflight.mmap_size < needed as u64
+        if inflight.num_queues == 0
+            || inflight.queue_size == 0
+            || inflight.mmap_size < needed as u64
         {
             return Err(format!(
                 "inflight area of {} bytes for {} queues of {}, which need {needed}",
@@ -70,7 +78,10 @@ impl InflightArea {
             ));
         }
         if inflight.mmap_offset % 8 != 0 {
-            return Err(format!("inflight area at offset {:#x}", inflight.mmap_offset));
+            return Err(format!(
+                "inflight area at offset {:#x}",
+                inflight.mmap_offset
+            ));
         }
         require_fixed_size(file, "inflight area")?;
         let mapping = Mapping::new(file, inflight.mmap_offset, needed as u64)
@@ -262,7 +273,13 @@ mod tests {
         let (area, _, _) = area(2, 8);
         let mut region = area.queue(1, 8).unwrap();
         let recovered = region.recover(3, 5, 8).unwrap();
-        assert_eq!(recovered, Recovered { next_avail: 5, heads: None });
+        assert_eq!(
+            recovered,
+            Recovered {
+                next_avail: 5,
+                heads: None
+            }
+        );
         assert!(area.queue(2, 8).is_none());
         assert!(area.queue(0, 16).is_none());
     }
@@ -287,7 +304,10 @@ mod tests {
         // New ones come after those.
         region.popped(2);
         let mut again = area.queue(0, 8).unwrap();
-        assert_eq!(again.recover(0xffff, 0, 8).unwrap().heads.unwrap(), [4, 7, 1, 2]);
+        assert_eq!(
+            again.recover(0xffff, 0, 8).unwrap().heads.unwrap(),
+            [4, 7, 1, 2]
+        );
     }
 
     #[test]
@@ -301,7 +321,10 @@ mod tests {
         region.publishing(&mut [3, 0].into_iter());
         // Killed before the index is published: both are still in flight.
         let mut before = area.queue(0, 8).unwrap();
-        assert_eq!(before.recover(0, 0, 8).unwrap().heads.unwrap(), [0, 1, 2, 3, 4]);
+        assert_eq!(
+            before.recover(0, 0, 8).unwrap().heads.unwrap(),
+            [0, 1, 2, 3, 4]
+        );
         // Killed after it: both are done, although their flags are set.
         let mut after = area.queue(0, 8).unwrap();
         assert_eq!(after.recover(2, 0, 8).unwrap().heads.unwrap(), [1, 2, 4]);

@@ -61,10 +61,7 @@ impl GuestMemoryRegion for VhostUserRegion {
         self.dirty.clone()
     }
 
-    fn get_host_address(
-        &self,
-        addr: MemoryRegionAddress,
-    ) -> Result<*mut u8, GuestMemoryError> {
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
         let offset = self
             .check_address(addr)
             .ok_or(GuestMemoryError::InvalidBackendAddress)?;
@@ -76,7 +73,8 @@ impl GuestMemoryRegion for VhostUserRegion {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> Result<VolatileSlice<'_, DirtyPages>, GuestMemoryError> {
-        let start = usize::try_from(offset.0).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
+        let start =
+            usize::try_from(offset.0).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
         let end = start.checked_add(count);
         if end.is_none_or(|end| end > self.mapping.len()) {
             return Err(GuestMemoryError::InvalidBackendAddress);
@@ -198,11 +196,17 @@ impl MemoryTable {
     }
 
     /// Maps one more region.
-    pub(super) fn add(&mut self, region: &VhostUserMemoryRegion, file: &File) -> Result<(), String> {
+    pub(super) fn add(
+        &mut self,
+        region: &VhostUserMemoryRegion,
+        file: &File,
+    ) -> Result<(), String> {
         let (guest, user) = (region.guest_phys_addr, region.user_addr);
         let (size, offset) = (region.memory_size, region.mmap_offset);
         let text = |problem: &dyn fmt::Display| {
-            format!("memory region at guest {guest:#x}, size {size:#x}, offset {offset:#x}: {problem}")
+            format!(
+                "memory region at guest {guest:#x}, size {size:#x}, offset {offset:#x}: {problem}"
+            )
         };
         if self.regions.len() >= MAX_REGIONS {
             return Err(text(&format_args!("more than {MAX_REGIONS} regions")));
@@ -217,7 +221,10 @@ impl MemoryTable {
         for other in &self.regions {
             let len = other.mapping.len() as u64;
             if guest < other.guest + len && other.guest < guest_end {
-                return Err(text(&format_args!("overlaps the one at {:#x}", other.guest)));
+                return Err(text(&format_args!(
+                    "overlaps the one at {:#x}",
+                    other.guest
+                )));
             }
             if user < other.user + len && other.user < user_end {
                 return Err(text(&format_args!(
@@ -226,7 +233,11 @@ impl MemoryTable {
                 )));
             }
         }
-        if self.log.as_ref().is_some_and(|log| !log.covers(guest, size)) {
+        if self
+            .log
+            .as_ref()
+            .is_some_and(|log| !log.covers(guest, size))
+        {
             return Err(text(&"the dirty log does not cover it"));
         }
         let mapping = Mapping::new(file, offset, size).map_err(|error| text(&error))?;
@@ -254,7 +265,9 @@ impl MemoryTable {
             (other.guest, other.user, other.mapping.len() as u64) != (guest, user, size)
         });
         if self.regions.len() == before {
-            return Err(format!("no memory region at guest {guest:#x}, size {size:#x}"));
+            return Err(format!(
+                "no memory region at guest {guest:#x}, size {size:#x}"
+            ));
         }
         Ok(())
     }

@@ -132,7 +132,9 @@ impl Channel {
             return Err(message.bad(format!("has flags {flags:#x}")));
         }
         if size > MAX_MSG_SIZE {
-            return Err(message.bad(format!("announces {size} bytes, {MAX_MSG_SIZE} are the most")));
+            return Err(message.bad(format!(
+                "announces {size} bytes, {MAX_MSG_SIZE} are the most"
+            )));
         }
         message.body.resize(size, 0);
         self.fill(&mut message.body, stop, deadline)?;
@@ -254,7 +256,8 @@ impl Channel {
 
 /// A message as it goes over the socket.
 fn encode(request: u32, flags: u32, body: &[u8]) -> Result<Vec<u8>, Error> {
-    let size = u32::try_from(body.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    let size =
+        u32::try_from(body.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
     let mut bytes = Vec::with_capacity(HEADER + body.len());
     for word in [request, flags, size] {
         bytes.extend_from_slice(&word.to_ne_bytes());

@@ -197,8 +197,7 @@ impl StopSources {
 
     fn add(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, 0);
-        self.epoll
-            .ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
     }
 }
 
@@ -321,7 +320,11 @@ impl VhostUserBlkServer {
         served.and(closed)
     }
 
-    fn serve(&self, queues: &mut [QueueHandle<Arc<VhostUserMemory>>], notifier: &Notifier) -> Result<()> {
+    fn serve(
+        &self,
+        queues: &mut [QueueHandle<Arc<VhostUserMemory>>],
+        notifier: &Notifier,
+    ) -> Result<()> {
         loop {
             let [waiting, stop] = sys::poll(
                 [

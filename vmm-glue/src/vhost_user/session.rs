@@ -474,7 +474,11 @@ impl<'a> Session<'a> {
     /// Starts a ring that has a kick descriptor and is enabled, unless it runs.
     fn start_ring(&mut self, index: usize) -> Result<(), String> {
         let (vring, queue) = (&mut self.vrings[index], &mut self.queues[index]);
-        let Some(kick) = vring.kick.as_ref().filter(|_| vring.enabled && !vring.running) else {
+        let Some(kick) = vring
+            .kick
+            .as_ref()
+            .filter(|_| vring.enabled && !vring.running)
+        else {
             return Ok(());
         };
         let Some(addresses) = vring.addresses.filter(|_| vring.size != 0) else {
@@ -512,7 +516,8 @@ impl<'a> Session<'a> {
         let wrong = |error: virtio_queue::Error| format!("ring {index}: {error}");
         let mut ring = Queue::new(vring.size).map_err(wrong)?;
         ring.set_size(vring.size);
-        ring.try_set_desc_table_address(descriptors).map_err(wrong)?;
+        ring.try_set_desc_table_address(descriptors)
+            .map_err(wrong)?;
         ring.try_set_avail_ring_address(available).map_err(wrong)?;
         ring.try_set_used_ring_address(used).map_err(wrong)?;
         ring.set_next_avail(next_avail);
@@ -546,7 +551,9 @@ impl<'a> Session<'a> {
     fn get_config(&mut self, message: &Message) -> Result<Answer, Error> {
         let (mut config, _) = config_of(message)?;
         let (offset, size) = (config.offset, config.size);
-        let fits = offset.checked_add(size).is_some_and(|end| end <= CONFIG_SPACE);
+        let fits = offset
+            .checked_add(size)
+            .is_some_and(|end| end <= CONFIG_SPACE);
         if !fits {
             // A reply without content tells of the error.
             config.size = 0;
@@ -562,7 +569,9 @@ impl<'a> Session<'a> {
     fn set_config(&mut self, message: &Message) -> Result<Answer, Error> {
         let (config, bytes) = config_of(message)?;
         let (offset, size, flags) = (config.offset, config.size, config.flags);
-        let fits = offset.checked_add(size).is_some_and(|end| end <= CONFIG_SPACE);
+        let fits = offset
+            .checked_add(size)
+            .is_some_and(|end| end <= CONFIG_SPACE);
         if !fits || bytes.len() != size as usize {
             return Err(message.bad(format!("writes {size} bytes at {offset}")));
         }

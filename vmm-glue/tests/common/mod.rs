@@ -1,7 +1,7 @@
 //! A front end for tests: guest memory in a memfd, the `vhost` crate's protocol side, and our own
 //! virtio-blk driver on the rings.
 
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "tests")]
 
 use std::{
     ffi::CString,
@@ -51,7 +51,10 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{what}: not within {PATIENCE:?}"
+        );
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -131,7 +134,9 @@ impl Running {
 
     /// Whether it still runs.
     pub fn is_alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
     }
 }
 
@@ -356,14 +361,27 @@ impl Client {
     }
 
     /// Adds a write of `len` bytes of `byte` from `data`.
-    pub fn write(&mut self, queue: usize, offset: u64, data: GuestAddress, len: u32, byte: u8) -> u16 {
+    pub fn write(
+        &mut self,
+        queue: usize,
+        offset: u64,
+        data: GuestAddress,
+        len: u32,
+        byte: u8,
+    ) -> u16 {
         self.guest.fill(data, len as usize, byte);
-        self.rings[queue].driver.write(offset / 512, &[(data, len)]).unwrap()
+        self.rings[queue]
+            .driver
+            .write(offset / 512, &[(data, len)])
+            .unwrap()
     }
 
     /// Adds a read.
     pub fn read(&mut self, queue: usize, offset: u64, data: GuestAddress, len: u32) -> u16 {
-        self.rings[queue].driver.read(offset / 512, &[(data, len)]).unwrap()
+        self.rings[queue]
+            .driver
+            .read(offset / 512, &[(data, len)])
+            .unwrap()
     }
 
     /// Shows the device what was added.
@@ -388,7 +406,11 @@ impl Client {
                 continue;
             }
             while ring.call.read().is_err() {
-                assert!(start.elapsed() < PATIENCE, "no interrupt; {} of {count}", ended.len());
+                assert!(
+                    start.elapsed() < PATIENCE,
+                    "no interrupt; {} of {count}",
+                    ended.len()
+                );
                 thread::sleep(Duration::from_micros(200));
             }
         }
