@@ -10,18 +10,17 @@
 //!
 //! An image holds no engine: every asynchronous method is given the calling queue's [`Io`].
 
-use std::{future::Future, path::PathBuf, pin::Pin, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
-    io::{Buffers, Io, MapCache},
+    io::{Buffers, Io},
+    sync::LocalFuture,
+    table::MapCache,
     types::HostOffset,
 };
-
-/// A boxed future of one queue: it never leaves its thread.
-pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// How a run of guest bytes lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,13 +285,14 @@ pub trait Image: Send + Sync {
         Box::pin(async { Err(Error::corrupt("image has no opaque data")) })
     }
 
-    /// Reserves space for writing the start of `range`. Waits for other writes in preparation that
-    /// need the same clusters.
+    /// Reserves space for writing the start of `range`, loading tables as needed. Waits for other
+    /// writes in preparation that need the same clusters. `None` means: look again, it can be
+    /// written in place now.
     fn prepare<'a>(
         &'a self,
         io: &'a Io,
         range: GuestRange,
-    ) -> LocalFuture<'a, Result<Prepared<'a>>>;
+    ) -> LocalFuture<'a, Result<Option<Prepared<'a>>>>;
 
     /// Forgets a range. What is smaller than the image's unit stays as it is.
     fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>>;

@@ -1,13 +1,44 @@
 //! Disk image formats and I/O engines for virtual machine monitors.
 //!
-//! A format is a map, an engine does I/O, a queue drives maps over an engine.
+//! **A format is a map, an engine does I/O, a queue drives maps over an engine.** A format is
+//! written once; its synchronous and asynchronous variants are the same code over two engines.
+//!
+//! ```no_run
+//! use block::{DiskFile, OpenOptions, open_disk_file};
+//!
+//! # fn main() -> block::Result<()> {
+//! let disk = open_disk_file("disk.qcow2")?;
+//! let mut sector = [0; 512];
+//! disk.read_at(&mut sector, 0)?;
+//!
+//! let read_only = OpenOptions::new().read_only(true).open("other.raw")?;
+//! println!("{} bytes", read_only.size());
+//! # Ok(())
+//! # }
+//! ```
 
+mod detect;
+pub mod disk;
 pub mod disk_file;
 pub mod error;
+mod factory;
+pub mod formats;
+pub mod gate;
+pub mod hooks;
 pub mod image;
 pub mod io;
+pub mod options;
+mod queue;
+mod serve;
+mod sync;
+mod table;
 pub mod types;
 
+pub use disk::{Disk, DrainGuard, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
 pub use disk_file::{AsyncDiskFile, Capabilities, DiskFile, DiskTopology};
 pub use error::{Error, ErrorKind, Result};
+pub use factory::open_disk_file;
+pub use gate::FileGate;
+pub use options::{CacheMode, DetectZeroes, DiscardPolicy, Locking, OpenOptions};
+pub use sync::LocalFuture;
 pub use types::{FileId, Format, GuestOffset, GuestRange, HostOffset};

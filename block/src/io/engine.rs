@@ -177,6 +177,26 @@ pub trait Engine {
     /// [`wait`](Self::wait); [`reap`](Self::reap) clears it.
     fn notifier(&self) -> BorrowedFd<'_>;
 
+    /// The same eventfd, for those who only write it to end [`wait`](Self::wait). Asking for
+    /// [`notifier`](Self::notifier) instead says that somebody may sleep on it, and then a ring has
+    /// to write it for every completion and cannot be slept in: `wait` costs two system calls more.
+    fn waker(&self) -> BorrowedFd<'_> {
+        self.notifier()
+    }
+
+    /// Registers memory, so that operations on a segment inside one of these regions save the
+    /// host's work of pinning it; replaces what was registered before. Returns whether the host did
+    /// it: refusal (a limit on locked memory, an engine without registration) changes nothing but
+    /// the speed. Nothing is in flight.
+    ///
+    /// # Safety
+    /// The regions must stay mapped, at their place, until they are replaced (also by an empty
+    /// list) or the engine is dropped.
+    unsafe fn register_memory(&mut self, regions: &[(*mut u8, usize)]) -> bool {
+        let _ = regions;
+        false
+    }
+
     /// Whether every operation is done when `start` returns. Then pool work runs inline too.
     fn is_synchronous(&self) -> bool {
         false

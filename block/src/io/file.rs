@@ -124,6 +124,24 @@ impl HostFile {
         Self::from_file(file, path, options)
     }
 
+    /// Opens the file `name`, relative to `folder`, if it lies inside it: neither `..` nor a link
+    /// leads out of it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Denied`] when it lies outside; the host's error otherwise.
+    pub fn open_beneath(folder: &Path, name: &Path, options: FileOptions) -> Result<Self> {
+        let path = folder.join(name);
+        let file = fsinfo::open_beneath(folder, name, options).map_err(|error| {
+            let outside = matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP));
+            if outside {
+                Error::with_message(ErrorKind::Denied, "lies outside the folder").path(&path)
+            } else {
+                Error::from(error).operation("open").path(&path)
+            }
+        })?;
+        Self::from_file(file, &path, options)
+    }
+
     /// Takes over an open file; `options` says how it was opened.
     ///
     /// # Errors
@@ -211,6 +229,15 @@ impl HostFile {
     #[must_use]
     pub fn is_block_device(&self) -> bool {
         self.block_device
+    }
+
+    /// Logical and physical block size of a block device, in bytes.
+    #[must_use]
+    pub fn block_sizes(&self) -> Option<(u32, u32)> {
+        match &self.backend {
+            Backend::Os(file) if self.block_device => fsinfo::block_sizes(file),
+            _ => None,
+        }
     }
 
     /// What direct I/O demands.
@@ -309,6 +336,16 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// The host's error, naming the path.
     fn open(&self, path: &Path, options: FileOptions) -> Result<HostFile>;
+
+    /// Opens the file `name`, which may not lie outside `folder`, whatever links say.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Denied`] when it lies outside; the host's error otherwise.
+    fn open_beneath(&self, folder: &Path, name: &Path, options: FileOptions) -> Result<HostFile>;
+
+    /// The path from the root, with the links of its folder followed; `None` when it has no such
+    /// folder.
+    fn absolute(&self, path: &Path) -> Option<PathBuf>;
 
     /// An engine for the calling thread that can hold `depth` operations.
     ///

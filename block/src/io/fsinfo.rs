@@ -4,10 +4,14 @@ use std::{
     fs::{File, Metadata},
     io,
     mem::MaybeUninit,
-    os::{fd::AsRawFd, unix::fs::FileTypeExt},
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::{ffi::OsStrExt, fs::FileTypeExt},
+    },
+    path::Path,
 };
 
-use super::file::IoAlignment;
+use super::file::{FileOptions, IoAlignment};
 
 /// The alignment to assume where the kernel does not tell.
 const FALLBACK_ALIGNMENT: u32 = 4096;
@@ -216,4 +220,47 @@ pub(crate) fn unlock_permissions(file: &File) {
     let mut lock = flock(libc::F_UNLCK, HELD_BASE, NOT_SHARED_BASE);
     // Failing to unlock a descriptor that is about to be closed changes nothing.
     let _ = fcntl_lock(file, libc::F_OFD_SETLK, &mut lock);
+}
+
+/// Makes an eventfd readable.
+pub(crate) fn write_eventfd(fd: std::os::fd::RawFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: writes eight bytes from a local array to an open descriptor.
+    let written = unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
+    // Only a full counter refuses, and then the descriptor is readable already.
+    debug_assert!(written == 8 || io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock);
+}
+
+/// Opens `name` inside `folder` with `openat2`: links and `..` may not lead out of it.
+pub(crate) fn open_beneath(folder: &Path, name: &Path, options: FileOptions) -> io::Result<File> {
+    let folder = File::open(folder)?;
+    let name = std::ffi::CString::new(name.as_os_str().as_bytes())
+        .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let access = if options.write {
+        libc::O_RDWR
+    } else {
+        libc::O_RDONLY
+    };
+    let direct = if options.direct { libc::O_DIRECT } else { 0 };
+    let flags = access | direct | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
+    // SAFETY: `open_how` is plain data for which all zero bytes are valid.
+    let mut how: libc::open_how = unsafe { MaybeUninit::zeroed().assume_init() };
+    how.flags = u64::from(flags as u32);
+    how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS;
+    // SAFETY: the folder is open, the name is a C string, and the size is that of `how`.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            folder.as_raw_fd(),
+            name.as_ptr(),
+            std::ptr::from_mut(&mut how),
+            size_of::<libc::open_how>(),
+        )
+    };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }

@@ -2,17 +2,42 @@
 
 mod async_io;
 mod buffers;
+mod busy;
+mod context;
+mod core;
+mod driver;
 mod engine;
+mod engine_sync;
+mod engine_uring;
 mod file;
 mod fsinfo;
+mod handle;
+mod os_host;
+mod pins;
+mod pool;
+mod ranges;
+mod slab;
+mod sys;
+mod uring_setup;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
 pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
 pub use engine::{Engine, EngineFile, EngineKind, FallocateMode, HostOp, Started, Token};
+pub use engine_sync::SyncEngine;
+pub use engine_uring::{UringEngine, UringOptions};
 pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};
 pub use fsinfo::LockError;
+pub use os_host::OsHost;
 
-/// TODO
-pub struct Io;
-/// TODO
-pub struct MapCache;
+pub use self::core::FileRole;
+pub use handle::Io;
+pub use pool::Pool;
+
+pub(crate) use self::core::DiskCore;
+pub(crate) use busy::InFlight;
+pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
+pub(crate) use driver::{Driver, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use fsinfo::write_eventfd;
+pub(crate) use handle::is_aligned;
+pub(crate) use pins::{Drained, Pin};
+pub(crate) use slab::{Key, Slab};

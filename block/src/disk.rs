@@ -1,0 +1,514 @@
+//! The disk that every format shares: a control plane, synchronous calls and queues over an image.
+
+use std::{
+    any::Any,
+    marker::PhantomData,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{
+    AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
+    GuestRange, OpenOptions, Result,
+    hooks::Hook,
+    image::{BlockStatus, ImageInfo},
+    io::{
+        AsyncIo, Contexts, DiskCore, Drained, EngineKind, Io, RequestOp, borrowed, borrowed_mut,
+        thread_driver,
+    },
+    options::DiscardPolicy,
+    queue::Queue,
+    serve::{self, Served},
+    sync::lock,
+};
+
+type ResizeListener = Box<dyn Fn(u64) + Send + Sync>;
+
+pub(crate) struct Shared {
+    pub(crate) core: Arc<DiskCore>,
+    pub(crate) served: Arc<Served>,
+    pub(crate) contexts: Contexts,
+    pub(crate) engine: EngineKind,
+    listeners: Mutex<Vec<ResizeListener>>,
+    closing: AtomicBool,
+}
+
+/// An opened disk of any format. Clones share everything; the last one to go closes the image.
+#[derive(Clone)]
+pub struct Disk {
+    shared: Arc<Shared>,
+}
+
+/// No request is in flight on the disk, and new ones wait, until this is dropped.
+#[derive(Debug)]
+#[must_use = "the disk goes on as soon as this is dropped"]
+pub struct DrainGuard {
+    _drained: Drained,
+}
+
+impl Disk {
+    pub(crate) fn new(
+        core: Arc<DiskCore>,
+        served: Served,
+        contexts: Contexts,
+        engine: EngineKind,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                core,
+                served: Arc::new(served),
+                contexts,
+                engine,
+                listeners: Mutex::default(),
+                closing: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// The engine that drives its queues.
+    #[must_use]
+    pub fn engine(&self) -> EngineKind {
+        self.shared.engine
+    }
+
+    /// The path of one of its files, as [`BlockStatus::file`] names them.
+    #[must_use]
+    pub fn file_path(&self, file: FileId) -> Option<std::path::PathBuf> {
+        let entry = self.shared.core.file(file).ok()?;
+        Some(entry.path().to_owned())
+    }
+
+    /// Waits until no request is in flight and keeps new ones waiting while the guard exists.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldDeadlock`] on a thread that has requests in flight itself.
+    pub fn drain(&self) -> Result<DrainGuard> {
+        let pins = Arc::clone(&self.shared.core.pins);
+        let drained = self
+            .shared
+            .contexts
+            .block_on(&self.shared.core, async move |_| Ok(pins.drain().await))?;
+        Ok(DrainGuard { _drained: drained })
+    }
+
+    /// Attaches a hook that sees every later change.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn attach_hook(&self, hook: Arc<dyn Hook>) -> Result<()> {
+        let _drained = self.drain()?;
+        self.shared.served.hooks.attach(hook);
+        Ok(())
+    }
+
+    /// Detaches a hook.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn detach_hook(&self, hook: &Arc<dyn Hook>) -> Result<()> {
+        let _drained = self.drain()?;
+        self.shared.served.hooks.detach(hook);
+        Ok(())
+    }
+
+    /// Serves one request on the calling thread.
+    fn serve(&self, op: &RequestOp) -> Result<()> {
+        let served = &*self.shared.served;
+        let named = |error: Error| error.path(&self.shared.core.path);
+        serve::check(served, op).map_err(|kind| named(describe(kind, op, served.image.size())))?;
+        self.with_pin(async |io| serve::serve(served, io, op).await)
+            .map_err(named)
+    }
+
+    /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
+    /// meanwhile.
+    fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+        let core = &self.shared.core;
+        self.shared.contexts.block_on(core, async move |io| {
+            let pin = loop {
+                match io.pins.pin(&core.pins) {
+                    Some(pin) => break pin,
+                    None => core.pins.opened().await,
+                }
+            };
+            let result = work(io).await;
+            io.pins.unpin(&core.pins, pin);
+            result
+        })
+    }
+
+    /// Runs a section while no request is in flight.
+    pub(crate) fn with_drained<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+        let core = &self.shared.core;
+        self.shared.contexts.block_on(core, async move |io| {
+            let _drained = core.pins.drain().await;
+            work(io).await
+        })
+    }
+
+    /// The image, for maintenance of its own format.
+    pub(crate) fn served(&self) -> &Served {
+        &self.shared.served
+    }
+}
+
+/// The full error for a request that was refused before it started.
+fn describe(kind: ErrorKind, op: &RequestOp, size: u64) -> Error {
+    let (name, offset, len) = match op {
+        RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
+        RequestOp::Write {
+            offset, buffers, ..
+        } => ("write", *offset, buffers.len()),
+        RequestOp::Flush => ("flush", 0, 0),
+        RequestOp::Discard { offset, len } => ("discard", *offset, *len),
+        RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
+    };
+    let error = match kind {
+        ErrorKind::OutOfRange => Error::with_message(
+            kind,
+            format!("{len} bytes at {offset} reach beyond the end of the disk, {size} bytes"),
+        ),
+        kind => Error::new(kind),
+    };
+    error.operation(name).offset(offset)
+}
+
+impl Shared {
+    fn close(&self) -> Result<()> {
+        if self.closing.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let image = &self.served.image;
+        let writable = image.capabilities().writable;
+        let core = &self.core;
+        let result = self.contexts.block_on(core, async move |io| {
+            let _drained = core.pins.drain().await;
+            self.served.closed.store(true, Ordering::Release);
+            if writable && !self.served.policy.ignore_flush {
+                image.close(io).await
+            } else if writable {
+                image.write_back(io).await
+            } else {
+                Ok(())
+            }
+        });
+        self.contexts.clear();
+        for index in 0..core.file_count() {
+            if let Ok(entry) = core.file(FileId(index)) {
+                entry.file.unlock();
+            }
+        }
+        result.map_err(|error| error.path(&core.path))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "closing the image failed");
+        }
+    }
+}
+
+impl DiskFile for Disk {
+    fn path(&self) -> &Path {
+        &self.shared.core.path
+    }
+
+    fn format(&self) -> Format {
+        self.shared.served.image.format()
+    }
+
+    fn size(&self) -> u64 {
+        self.shared.served.image.size()
+    }
+
+    fn physical_size(&self) -> Result<u64> {
+        self.shared.core.file(FileId(0))?.file.allocated()
+    }
+
+    fn topology(&self) -> DiskTopology {
+        self.shared.served.image.topology()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let served = &self.shared.served;
+        let mut capabilities = served.image.capabilities();
+        if served.policy.read_only {
+            capabilities = Capabilities::default();
+        }
+        if served.policy.discard == DiscardPolicy::Ignore {
+            capabilities.discard = false;
+        }
+        capabilities
+    }
+
+    fn info(&self) -> ImageInfo {
+        self.shared.served.image.info()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        // SAFETY: the buffers end with this call, before `buf` is used again.
+        let buffers = unsafe { borrowed_mut(buf) };
+        self.serve(&RequestOp::Read { offset, buffers })
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        // SAFETY: the buffers end with this call and are the source of a write alone.
+        let buffers = unsafe { borrowed(buf) };
+        self.serve(&RequestOp::Write {
+            offset,
+            buffers,
+            fua: false,
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.shared.served.policy.read_only {
+            return Ok(());
+        }
+        self.serve(&RequestOp::Flush)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.serve(&RequestOp::Discard { offset, len })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
+        self.serve(&RequestOp::WriteZeroes {
+            offset,
+            len,
+            may_unmap,
+        })
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let size = self.size();
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= size && len > 0);
+        if !inside {
+            return Err(Error::invalid_argument(format!(
+                "block status of {len} bytes at {offset}: expected a range inside {size} bytes"
+            ))
+            .path(self.path()));
+        }
+        let image = &self.shared.served.image;
+        self.with_pin(async |io| image.block_status(io, GuestRange::new(offset, len)).await)
+            .map_err(|error| error.path(self.path()))
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        if !self.capabilities().resize {
+            return Err(
+                Error::unsupported("this disk cannot be resized as it was opened")
+                    .path(self.path()),
+            );
+        }
+        let image = &self.shared.served.image;
+        self.with_drained(async |io| image.resize(io, size).await)
+            .map_err(|error| error.operation("resize").path(self.path()))?;
+        for listener in &*lock(&self.shared.listeners) {
+            listener(size);
+        }
+        Ok(())
+    }
+
+    fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
+        let served = &self.shared.served;
+        if served.policy.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly).path(self.path()));
+        }
+        let range = GuestRange::new(offset, data.len() as u64);
+        if range.end() > self.size() {
+            return Err(Error::new(ErrorKind::OutOfRange).path(self.path()));
+        }
+        self.with_pin(async |io| served.image.write_compressed(io, range, data).await)
+            .map_err(|error| error.operation("write compressed").path(self.path()))
+    }
+
+    fn close(&self) -> Result<()> {
+        self.shared.close()
+    }
+
+    fn try_clone(&self) -> Result<Box<dyn DiskFile>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl AsyncDiskFile for Disk {
+    fn create_async_io(&self, ring_depth: u32) -> Result<Box<dyn AsyncIo>> {
+        let shared = &self.shared;
+        let make = || -> Result<Queue> {
+            let driver = thread_driver(&*shared.core.host, shared.engine, ring_depth)?;
+            let io = Io::new(&driver, &shared.core)?;
+            let keep: Arc<dyn Any> = Arc::<Shared>::clone(shared);
+            Queue::new(io, Arc::clone(&shared.served), ring_depth, keep)
+        };
+        Ok(Box::new(make().map_err(|error| error.path(self.path()))?))
+    }
+
+    fn clone_async(&self) -> Box<dyn AsyncDiskFile> {
+        Box::new(self.clone())
+    }
+
+    fn on_resize(&self, listener: ResizeListener) {
+        lock(&self.shared.listeners).push(listener);
+    }
+}
+
+/// A format, as a type: what [`SyncDisk`] and [`AsyncDisk`] are named by.
+pub trait DiskFormat: Send + Sync + 'static {
+    /// The format.
+    const FORMAT: Format;
+}
+
+/// The raw format.
+#[derive(Debug)]
+pub enum RawFormat {}
+
+impl DiskFormat for RawFormat {
+    const FORMAT: Format = Format::Raw;
+}
+
+/// The qcow2 format.
+#[derive(Debug)]
+pub enum Qcow2Format {}
+
+impl DiskFormat for Qcow2Format {
+    const FORMAT: Format = Format::Qcow2;
+}
+
+/// How a disk is driven, as a type.
+pub trait Drive: Send + Sync + 'static {
+    /// Adjusts the options.
+    fn adjust(options: OpenOptions) -> OpenOptions;
+}
+
+/// On the calling thread alone: no ring and no pool thread works for it.
+#[derive(Debug)]
+pub enum Synchronous {}
+
+impl Drive for Synchronous {
+    fn adjust(options: OpenOptions) -> OpenOptions {
+        options.engine(EngineKind::Sync)
+    }
+}
+
+/// By queues on an asynchronous engine, as well as by synchronous calls.
+#[derive(Debug)]
+pub enum Asynchronous {}
+
+impl Drive for Asynchronous {
+    fn adjust(options: OpenOptions) -> OpenOptions {
+        options
+    }
+}
+
+/// A disk of one format, driven in one way: the shell that every named pair shares.
+pub struct TypedDisk<F, D> {
+    disk: Disk,
+    _types: PhantomData<fn() -> (F, D)>,
+}
+
+/// A disk of format `F` for synchronous calls.
+pub type SyncDisk<F> = TypedDisk<F, Synchronous>;
+/// A disk of format `F` for queues.
+pub type AsyncDisk<F> = TypedDisk<F, Asynchronous>;
+/// A raw image, synchronous.
+pub type RawSync = SyncDisk<RawFormat>;
+/// A raw image, asynchronous.
+pub type RawAsync = AsyncDisk<RawFormat>;
+/// A qcow2 image, synchronous.
+pub type Qcow2Sync = SyncDisk<Qcow2Format>;
+/// A qcow2 image, asynchronous.
+pub type Qcow2Async = AsyncDisk<Qcow2Format>;
+
+impl<F: DiskFormat, D: Drive> TypedDisk<F, D> {
+    /// Opens an image of this format.
+    ///
+    /// # Errors
+    /// As [`OpenOptions::open`].
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
+        let options = D::adjust(options.clone().format(F::FORMAT));
+        Ok(Self {
+            disk: options.open_disk(path)?,
+            _types: PhantomData,
+        })
+    }
+
+    /// The disk, whatever its format.
+    #[must_use]
+    pub fn into_disk(self) -> Disk {
+        self.disk
+    }
+}
+
+impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
+    fn path(&self) -> &Path {
+        self.disk.path()
+    }
+    fn format(&self) -> Format {
+        self.disk.format()
+    }
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+    fn physical_size(&self) -> Result<u64> {
+        self.disk.physical_size()
+    }
+    fn topology(&self) -> DiskTopology {
+        self.disk.topology()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.disk.capabilities()
+    }
+    fn info(&self) -> ImageInfo {
+        self.disk.info()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.disk.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.disk.write_at(buf, offset)
+    }
+    fn flush(&self) -> Result<()> {
+        self.disk.flush()
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.disk.discard(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
+        self.disk.write_zeroes(offset, len, may_unmap)
+    }
+    fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.disk.block_status(offset, len)
+    }
+    fn resize(&self, size: u64) -> Result<()> {
+        self.disk.resize(size)
+    }
+    fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
+        self.disk.write_compressed(data, offset)
+    }
+    fn close(&self) -> Result<()> {
+        self.disk.close()
+    }
+    fn try_clone(&self) -> Result<Box<dyn DiskFile>> {
+        self.disk.try_clone()
+    }
+}
+
+impl<F: DiskFormat> AsyncDiskFile for AsyncDisk<F> {
+    fn create_async_io(&self, ring_depth: u32) -> Result<Box<dyn AsyncIo>> {
+        self.disk.create_async_io(ring_depth)
+    }
+    fn clone_async(&self) -> Box<dyn AsyncDiskFile> {
+        self.disk.clone_async()
+    }
+    fn on_resize(&self, listener: ResizeListener) {
+        self.disk.on_resize(listener);
+    }
+}

@@ -1,0 +1,238 @@
+//! Opening disks: path and options in, the right disk out.
+
+use std::{
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
+    detect::{self, Probe, RawGuard, Recognised},
+    formats::raw::{Raw, RawFile},
+    hooks::Hooks,
+    image::Image,
+    io::{
+        Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, HostFile, Io, LockError,
+        OsHost, Pool,
+    },
+    options::{CacheMode, Locking},
+    serve::{Policy, Served},
+};
+
+/// The longest backing chain that opens.
+const MAX_CHAIN: usize = 200;
+
+/// Pause between attempts to lock an image that another process still holds.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// Permissions as QEMU numbers them, for its image locks.
+mod permission {
+    pub(super) const CONSISTENT_READ: u64 = 1 << 0;
+    pub(super) const WRITE: u64 = 1 << 1;
+    pub(super) const RESIZE: u64 = 1 << 3;
+}
+
+/// Opens the image at `path` with the default options: detected format, writable, io_uring.
+///
+/// # Errors
+/// As [`OpenOptions::open`].
+pub fn open_disk_file(path: impl AsRef<Path>) -> Result<Box<dyn AsyncDiskFile>> {
+    OpenOptions::new().open(path)
+}
+
+impl OpenOptions {
+    /// Opens the image at `path`.
+    ///
+    /// # Errors
+    /// The error names the file, the field and the value: a missing file, a format that is not
+    /// the one named, an invalid header, a feature that is not supported, a locked image, a file
+    /// that the gate refuses.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Box<dyn AsyncDiskFile>> {
+        Ok(Box::new(self.open_disk(path)?))
+    }
+
+    /// Opens the image at `path`, as the concrete type.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_disk(&self, path: impl AsRef<Path>) -> Result<Disk> {
+        self.open_on(path, Arc::new(OsHost::new()))
+    }
+
+    /// Opens the image at `path` of a host: the operating system, or a simulation.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(&self, path: impl AsRef<Path>, host: Arc<dyn Host>) -> Result<Disk> {
+        let path = path.as_ref();
+        self.open_named(path, host)
+            .map_err(|error| error.path(path))
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.force_share && !self.read_only {
+            return Err(Error::invalid_argument(
+                "force-share: expected together with read-only",
+            ));
+        }
+        if self.engine == EngineKind::LinuxAio && !self.is_direct() {
+            return Err(Error::invalid_argument(
+                "engine linux-aio: expected together with direct I/O (cache mode none or directsync)",
+            ));
+        }
+        Ok(())
+    }
+
+    fn open_named(&self, path: &Path, host: Arc<dyn Host>) -> Result<Disk> {
+        self.check()?;
+        let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
+        let core = DiskCore::new(path, host, pool);
+        let contexts = Contexts::default();
+        let file = core.host.open(path, self.file_options(!self.read_only))?;
+        self.lock(&file, !self.read_only)?;
+        let id = core.add_file(file, FileRole::Clusters);
+        let opened = contexts.block_on(&core, async |io| {
+            let opener = Opener { io, options: self };
+            opener.open_top(id).await
+        })?;
+        let served = Served {
+            image: opened.image,
+            policy: Policy {
+                read_only: self.read_only,
+                discard: self.discard,
+                detect_zeroes: self.detect_zeroes,
+                write_through: self.is_write_through(),
+                ignore_flush: self.cache_mode == CacheMode::Unsafe,
+                restartable: self.restartable,
+            },
+            guard: (opened.guessed_raw && !self.read_only).then(RawGuard::default),
+            hooks: Hooks::default(),
+            closed: AtomicBool::new(false),
+        };
+        Ok(Disk::new(core, served, contexts, self.engine))
+    }
+
+    fn file_options(&self, write: bool) -> FileOptions {
+        FileOptions {
+            write,
+            direct: self.is_direct(),
+            ..FileOptions::default()
+        }
+    }
+
+    /// Locks a file as QEMU does, so that both see each other.
+    fn lock(&self, file: &HostFile, write: bool) -> Result<()> {
+        if self.locking == Locking::Off || self.force_share {
+            return Ok(());
+        }
+        let held = if write {
+            permission::CONSISTENT_READ | permission::WRITE | permission::RESIZE
+        } else {
+            permission::CONSISTENT_READ
+        };
+        let not_shared = permission::WRITE | permission::RESIZE;
+        let deadline = Instant::now() + self.lock_wait;
+        loop {
+            match file.lock(held, not_shared) {
+                Ok(()) => return Ok(()),
+                Err(LockError::Conflict(_)) if Instant::now() < deadline => {
+                    std::thread::sleep(LOCK_RETRY);
+                }
+                Err(LockError::Conflict(_)) => {
+                    let which = if write {
+                        "\"write\""
+                    } else {
+                        "shared \"write\""
+                    };
+                    return Err(Error::with_message(
+                        ErrorKind::Locked,
+                        format!("failed to get {which} lock: is another process using the image?"),
+                    )
+                    .path(file.path()));
+                }
+                Err(LockError::Unsupported(error)) if self.locking == Locking::Auto => {
+                    tracing::warn!(path = %file.path().display(), %error, "the file system has no locks; going on without");
+                    return Ok(());
+                }
+                Err(LockError::Unsupported(error) | LockError::Io(error)) => {
+                    return Err(Error::from(error).operation("lock").path(file.path()));
+                }
+            }
+        }
+    }
+}
+
+/// The image at the top of a chain, and whether its raw format was guessed.
+struct OpenedTop {
+    image: Arc<dyn Image>,
+    guessed_raw: bool,
+}
+
+/// Opens the images of one disk.
+struct Opener<'a> {
+    io: &'a Io,
+    options: &'a OpenOptions,
+}
+
+impl Opener<'_> {
+    async fn open_top(&self, id: FileId) -> Result<OpenedTop> {
+        let recognised = match self.options.format {
+            Some(format) => Some(Recognised::Known(format)),
+            None => self.probe(id).await?,
+        };
+        match recognised {
+            None => {
+                let image = self.open_raw(id, true)?;
+                Ok(OpenedTop {
+                    image,
+                    guessed_raw: true,
+                })
+            }
+            Some(Recognised::Known(format)) => Ok(OpenedTop {
+                image: self.open_format(id, format, true).await?,
+                guessed_raw: false,
+            }),
+            Some(Recognised::Foreign(name)) => Err(Error::unsupported(format!(
+                "format: {name} images are not supported; name the format raw to use its bytes as they are"
+            ))),
+        }
+    }
+
+    async fn probe(&self, id: FileId) -> Result<Option<Recognised>> {
+        let mut probe = Probe::default();
+        for range in detect::probed_ranges(self.io.file_len(id)?) {
+            let bytes = self
+                .io
+                .read_padded(id, range.start.0, range.len as usize)
+                .await?;
+            probe.add(range, &bytes);
+        }
+        Ok(probe.recognise())
+    }
+
+    async fn open_format(&self, id: FileId, format: Format, top: bool) -> Result<Arc<dyn Image>> {
+        match format {
+            Format::Raw => self.open_raw(id, top),
+            Format::Qcow2 => Err(Error::unsupported("format: qcow2 is not built yet")),
+        }
+    }
+
+    fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {
+        let file = self.io.with_file(id, |view| {
+            let file = &view.entry.file;
+            if top {
+                view.entry.set_role(FileRole::RawData);
+            }
+            Ok::<_, Error>(RawFile {
+                file: id,
+                len: file.len()?,
+                writable: file.is_writable(),
+                block_device: file.is_block_device(),
+                unit: file.alignment().offset,
+                block_sizes: file.block_sizes(),
+            })
+        })??;
+        Ok(Arc::new(Raw::new(file)))
+    }
+}

@@ -1,0 +1,3 @@
+//! Disk image formats: maps and metadata. Nothing here opens a file or calls the kernel.
+
+pub mod raw;

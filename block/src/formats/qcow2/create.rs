@@ -1,0 +1,464 @@
+//! New images, laid out as QEMU lays them out: header, reference count table, reference count
+//! blocks, L1 table; with preallocation L2 tables and data clusters follow.
+
+use super::header::{
+    Compatible, CompressionType, ExtensionType, Header, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE,
+};
+use crate::{
+    Error, FileId, Result,
+    io::{AlignedBuf, FallocateMode, Io},
+};
+
+/// What space a new image takes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing but the header and the top-level tables.
+    #[default]
+    Off,
+    /// All tables; the data clusters are holes of the file.
+    Metadata,
+    /// All tables, and host space for the data clusters.
+    Falloc,
+    /// All tables, and zeroes written to the data clusters.
+    Full,
+}
+
+impl Preallocation {
+    /// The preallocation of that name, as QEMU calls it.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "off" => Some(Self::Off),
+            "metadata" => Some(Self::Metadata),
+            "falloc" => Some(Self::Falloc),
+            "full" => Some(Self::Full),
+            _ => None,
+        }
+    }
+}
+
+/// What a new image should be.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// The disk size in bytes; rounded up to a multiple of 512.
+    pub size: u64,
+    /// 2 (`compat=0.10`) or 3 (`compat=1.1`).
+    pub version: u32,
+    /// Bytes of a cluster: a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// Bits of a reference count: a power of two up to 64.
+    pub refcount_bits: u32,
+    /// Allow reference counts to be written late.
+    pub lazy_refcounts: bool,
+    /// How compressed clusters are compressed.
+    pub compression_type: CompressionType,
+    /// What space to take at once.
+    pub preallocation: Preallocation,
+    /// The backing file name to record.
+    pub backing_file: Option<Vec<u8>>,
+    /// The backing file's format name to record.
+    pub backing_format: Option<String>,
+    /// Refused for now: subclusters.
+    pub extended_l2: bool,
+    /// Refused for now: an external data file of that name.
+    pub data_file: Option<String>,
+    /// Refused for now: encryption by that method.
+    pub encrypt: Option<String>,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            version: 3,
+            cluster_size: 64 << 10,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            compression_type: CompressionType::Zlib,
+            preallocation: Preallocation::Off,
+            backing_file: None,
+            backing_format: None,
+            extended_l2: false,
+            data_file: None,
+            encrypt: None,
+        }
+    }
+}
+
+impl CreateOptions {
+    /// Checks the options against each other. The messages are QEMU's.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](crate::ErrorKind::InvalidArgument),
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) naming the feature.
+    pub fn check(&self) -> Result<()> {
+        let invalid = |message: &str| Err(Error::invalid_argument(message));
+        let refuse = |feature: &str| {
+            Err(Error::unsupported(format!(
+                "Unsupported qcow2 feature(s): {feature}"
+            )))
+        };
+        if self.extended_l2 {
+            return refuse("extended L2 entries");
+        }
+        if self.data_file.is_some() {
+            return refuse("external data file");
+        }
+        if let Some(method) = &self.encrypt {
+            return refuse(&format!("{method} encryption"));
+        }
+        if !(2..=3).contains(&self.version) {
+            return invalid(
+                "Invalid compatibility level: expected 0.10 (version 2) or 1.1 (version 3)",
+            );
+        }
+        if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
+            return invalid("Cluster size must be a power of two between 512 and 2048k");
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return invalid("Refcount width must be a power of two and may not exceed 64 bits");
+        }
+        if self.version < 3 {
+            if self.refcount_bits != 16 {
+                return invalid(
+                    "Different refcount widths than 16 bits require compatibility level 1.1 or \
+                     above (use version=v3 or greater)",
+                );
+            }
+            if self.lazy_refcounts {
+                return invalid(
+                    "Lazy refcounts only supported with compatibility level 1.1 and above (use \
+                     version=v3 or greater)",
+                );
+            }
+            if self.compression_type != CompressionType::Zlib {
+                return invalid(
+                    "Non-zlib compression type is only supported with compatibility level 1.1 and \
+                     above (use version=v3 or greater)",
+                );
+            }
+        }
+        if self.preallocation != Preallocation::Off && self.backing_file.is_some() {
+            return invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if self.backing_format.is_some() && self.backing_file.is_none() {
+            return invalid("Backing format cannot be used without backing file");
+        }
+        Ok(())
+    }
+}
+
+/// Where everything of a new image goes; cluster numbers and counts.
+struct Layout {
+    cluster_bits: u32,
+    refcount_order: u32,
+    table_clusters: u64,
+    blocks: u64,
+    l1_at: u64,
+    l1_entries: u64,
+    l2_at: u64,
+    l2_tables: u64,
+    data_at: u64,
+    data_clusters: u64,
+    end: u64,
+}
+
+impl Layout {
+    fn new(header: &Header, preallocate: bool) -> Result<Self> {
+        let too_large = || {
+            Error::invalid_argument("The image size is too large (try using a larger cluster size)")
+        };
+        let cluster_size = header.cluster_size();
+        let l1_entries = header.l1_entries_for(header.size);
+        if header.size > i64::MAX as u64 || l1_entries > MAX_L1_SIZE / 8 {
+            return Err(too_large());
+        }
+        let l1_clusters = (l1_entries * 8).div_ceil(cluster_size);
+        let (l2_tables, data_clusters) = if preallocate {
+            (l1_entries, header.size.div_ceil(cluster_size))
+        } else {
+            (0, 0)
+        };
+        // Blocks cover everything, themselves and the table included: grow both until they do.
+        let block_bits = header.refcount_block_bits();
+        let (mut table_clusters, mut blocks) = (1, 1);
+        let end = loop {
+            let end = 1 + table_clusters + blocks + l1_clusters + l2_tables + data_clusters;
+            let needed_blocks = end.div_ceil(1 << block_bits);
+            let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
+            if needed_blocks <= blocks && needed_table <= table_clusters {
+                break end;
+            }
+            blocks = blocks.max(needed_blocks);
+            table_clusters = table_clusters.max(needed_table);
+            if table_clusters * cluster_size > MAX_REFCOUNT_TABLE_SIZE {
+                return Err(too_large());
+            }
+        };
+        let l1_at = 1 + table_clusters + blocks;
+        let l2_at = l1_at + l1_clusters;
+        // Descriptors hold 56 bits of offset.
+        if end > 1 << (56 - header.cluster_bits) {
+            return Err(too_large());
+        }
+        Ok(Self {
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+            table_clusters,
+            blocks,
+            l1_at,
+            l1_entries,
+            l2_at,
+            l2_tables,
+            data_at: l2_at + l2_tables,
+            data_clusters,
+            end,
+        })
+    }
+
+    fn offset(&self, cluster: u64) -> u64 {
+        cluster << self.cluster_bits
+    }
+}
+
+/// Writes runs of big-endian numbers in large pieces.
+struct TableWriter<'a> {
+    io: &'a Io,
+    file: FileId,
+    at: u64,
+    buf: Vec<u8>,
+}
+
+/// Bytes collected before they are written; a multiple of every cluster size.
+const PIECE: usize = 2 << 20;
+
+impl TableWriter<'_> {
+    async fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.buf.extend_from_slice(bytes);
+        if self.buf.len() >= PIECE {
+            self.finish().await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn finish(&mut self) -> Result<()> {
+        let buf = AlignedBuf::from_slice(&self.buf);
+        self.io.write(self.file, self.at, buf).await?;
+        self.at += self.buf.len() as u64;
+        self.buf.clear();
+        Ok(())
+    }
+}
+
+/// Writes a new image to `file`, which is empty or a block device. The header goes last: before it
+/// is there, the file is no image.
+///
+/// # Errors
+/// As [`CreateOptions::check`], and the host's.
+pub async fn create(io: &Io, file: FileId, options: &CreateOptions) -> Result<()> {
+    options.check()?;
+    let (header, layout) = plan(options)?;
+    let end = layout.offset(layout.end);
+    let was_empty = io.file_len(file)? == 0;
+    if was_empty {
+        io.set_len(file, end).await?;
+    } else if io.file_len(file)? < end {
+        // Says "no space" where a block device is too small.
+        io.set_len(file, end).await?;
+    }
+    write_tables(io, file, &layout, was_empty).await?;
+    reserve_data(io, file, &layout, options.preallocation, was_empty).await?;
+    io.sync(file).await?;
+    let mut bytes = header.to_bytes()?;
+    if !was_empty {
+        // No remains of what was in the first cluster.
+        bytes.resize(header.cluster_size() as usize, 0);
+    }
+    io.write(file, 0, AlignedBuf::from_slice(&bytes)).await?;
+    io.sync(file).await
+}
+
+fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
+    let size = options.size.checked_next_multiple_of(512).ok_or_else(|| {
+        Error::invalid_argument("The image size is too large (try using a larger cluster size)")
+    })?;
+    let mut header = Header::new(
+        options.version,
+        options.cluster_size.trailing_zeros(),
+        options.refcount_bits.trailing_zeros(),
+        size,
+    )?;
+    header.set_compression_type(options.compression_type)?;
+    if options.lazy_refcounts {
+        header
+            .compatible_features
+            .insert(Compatible::LAZY_REFCOUNTS);
+    }
+    header.set_backing(
+        options.backing_file.as_deref(),
+        options.backing_format.as_deref(),
+    )?;
+    let layout = Layout::new(&header, options.preallocation != Preallocation::Off)?;
+    // Both fit: the tables are bounded.
+    header.l1_size = layout.l1_entries as u32;
+    header.l1_table_offset = layout.offset(layout.l1_at);
+    if layout.l1_entries == 0 {
+        header.l1_table_offset = 0;
+    }
+    header.refcount_table_offset = layout.offset(1);
+    header.refcount_table_clusters = layout.table_clusters as u32;
+    // As QEMU: a small first cluster keeps its room for names.
+    if options.cluster_size < 4096 {
+        header.set_extension(ExtensionType::FEATURE_NAMES, None);
+    }
+    header.to_bytes()?;
+    Ok((header, layout))
+}
+
+async fn write_tables(io: &Io, file: FileId, layout: &Layout, was_empty: bool) -> Result<()> {
+    let cluster_size = 1usize << layout.cluster_bits;
+    let mut out = TableWriter {
+        io,
+        file,
+        at: layout.offset(1),
+        buf: Vec::new(),
+    };
+    // The table and the blocks. In a new file the zeroes after the last entry are there already.
+    for block in 0..layout.blocks {
+        out.put(
+            &layout
+                .offset(1 + layout.table_clusters + block)
+                .to_be_bytes(),
+        )
+        .await?;
+    }
+    if !was_empty {
+        let table_len = layout.offset(layout.table_clusters) as usize;
+        out.put(&vec![0; table_len - layout.blocks as usize * 8])
+            .await?;
+    }
+    out.finish().await?;
+
+    out.at = layout.offset(1 + layout.table_clusters);
+    let mut clusters = layout.end;
+    let ones = refcount_ones(cluster_size, layout.refcount_order);
+    let per_block = (cluster_size as u64 * 8) >> layout.refcount_order;
+    for _ in 0..layout.blocks {
+        let used = clusters.min(per_block);
+        clusters -= used;
+        let mut bits = (used << layout.refcount_order) as usize;
+        let whole = bits / 8;
+        out.put(&ones[..whole]).await?;
+        bits -= whole * 8;
+        let mut block_len = whole;
+        if bits > 0 {
+            out.put(&[ones[whole] & ((1 << bits) - 1)]).await?;
+            block_len += 1;
+        }
+        if clusters > 0 || !was_empty {
+            out.put(&vec![0; cluster_size - block_len]).await?;
+        }
+    }
+    out.finish().await?;
+
+    if layout.l2_tables == 0 && was_empty {
+        return Ok(());
+    }
+    let rounded = |bytes: usize| {
+        if was_empty {
+            bytes
+        } else {
+            bytes.next_multiple_of(cluster_size)
+        }
+    };
+    out.at = layout.offset(layout.l1_at);
+    for table in 0..layout.l1_entries {
+        let entry = if layout.l2_tables > 0 {
+            layout.offset(layout.l2_at + table) | COPIED
+        } else {
+            0
+        };
+        out.put(&entry.to_be_bytes()).await?;
+    }
+    let written = layout.l1_entries as usize * 8;
+    out.put(&vec![0; rounded(written) - written]).await?;
+    out.finish().await?;
+
+    out.at = layout.offset(layout.l2_at);
+    for cluster in 0..layout.data_clusters {
+        let entry = layout.offset(layout.data_at + cluster) | COPIED;
+        out.put(&entry.to_be_bytes()).await?;
+    }
+    let written = layout.data_clusters as usize * 8;
+    out.put(&vec![0; rounded(written) - written]).await?;
+    out.finish().await
+}
+
+/// Entries of active tables whose target has a reference count of exactly one.
+const COPIED: u64 = 1 << 63;
+
+/// A block of reference counts that are all one.
+fn refcount_ones(len: usize, order: u32) -> Vec<u8> {
+    match order {
+        0 => vec![0xff; len],
+        1 => vec![0x55; len],
+        2 => vec![0x11; len],
+        3 => vec![1; len],
+        _ => {
+            let width = 1usize << (order - 3);
+            (0..len)
+                .map(|at| u8::from(at % width == width - 1))
+                .collect()
+        }
+    }
+}
+
+async fn reserve_data(
+    io: &Io,
+    file: FileId,
+    layout: &Layout,
+    preallocation: Preallocation,
+    was_empty: bool,
+) -> Result<()> {
+    let start = layout.offset(layout.data_at);
+    let len = layout.offset(layout.data_clusters);
+    if len == 0 {
+        return Ok(());
+    }
+    match preallocation {
+        Preallocation::Falloc => {
+            io.fallocate(file, FallocateMode::Allocate, 0, start + len)
+                .await?;
+        }
+        Preallocation::Full => return write_zeroes(io, file, start, len).await,
+        Preallocation::Off | Preallocation::Metadata => {}
+    }
+    // The guest must not see what a block device held before.
+    if !was_empty
+        && io
+            .fallocate(file, FallocateMode::ZeroRange, start, len)
+            .await
+            .is_err()
+    {
+        return write_zeroes(io, file, start, len).await;
+    }
+    Ok(())
+}
+
+async fn write_zeroes(io: &Io, file: FileId, mut at: u64, mut len: u64) -> Result<()> {
+    let mut buf = AlignedBuf::zeroed(PIECE.min(len as usize));
+    while len > 0 {
+        if (buf.len() as u64) > len {
+            buf = AlignedBuf::zeroed(len as usize);
+        }
+        let step = buf.len() as u64;
+        buf = io.write(file, at, buf).await?;
+        at += step;
+        len -= step;
+    }
+    Ok(())
+}

@@ -1,0 +1,593 @@
+//! The io_uring engine: one ring per driving thread, one `io_uring_enter` per batch.
+//!
+//! # The ring and its thread
+//! The ring is set up with `SINGLE_ISSUER` and `DEFER_TASKRUN` where the kernel has them: completions
+//! are posted by the driving thread itself, when it enters the kernel, instead of interrupting it.
+//! The kernel tells through `TASKRUN_FLAG` that there is something to post, so
+//! [`reap`](Engine::reap) enters only then. Older kernels get `COOP_TASKRUN` or a plain ring.
+//!
+//! # The notifier
+//! Two kinds of sleep must end: [`wait`](Engine::wait), which sleeps in the ring, and an epoll loop
+//! around [`notifier`](Engine::notifier). The eventfd of the engine is registered with the ring, and
+//! under `DEFER_TASKRUN` the kernel writes it as soon as something is ready to be posted, before
+//! anybody enters; so an epoll loop needs no thread and misses nothing. But the kernel writes it
+//! again when the completions are posted, and a poll of that eventfd inside the same ring would then
+//! complete through its own completions, over and over. The two kinds of sleep therefore exclude
+//! each other:
+//!
+//! - Until somebody asks for [`notifier`](Engine::notifier), nobody can sleep on it, and the ring's
+//!   writes to it are switched off (`IORING_CQ_EVENTFD_DISABLED`). `wait` sleeps in the ring, with
+//!   one poll of the eventfd armed that only another thread's write, through
+//!   [`waker`](Engine::waker), can fire. A cycle of submitting and waiting is one system call.
+//! - Once `notifier` was called, the kernel writes the eventfd for completions, no poll of it is
+//!   armed any more, and `wait` submits and sleeps in `poll(2)` on it. `reap` clears it only when it
+//!   found nothing, and then looks once more: what came before clearing is seen by that look, what
+//!   comes after makes the eventfd readable again.
+//!
+//! # What the kernel owns
+//! An operation occupies a slot from `start` until its completion was reaped; slots bound the
+//! operations in flight below the size of the completion queue. Dropping the engine waits for every
+//! operation on a file: it may use memory, or change what somebody else writes next. Watches and
+//! timers are abandoned to the kernel.
+
+use std::{
+    cell::Cell,
+    io,
+    marker::PhantomData,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::{
+    Engine, EngineFile, EngineKind, HostFile, HostOp, Segment, Started, Token,
+    sys::{self, FileTable, MAX_TRANSFER, Notifier},
+    uring_setup,
+};
+use crate::{Error, Result};
+
+/// The user data of the engine's own poll of its notifier.
+const WAKE: u64 = u64::MAX;
+
+/// Attempts to submit when the kernel is out of memory and nothing is in flight that could free it.
+const SUBMIT_ATTEMPTS: u32 = 1000;
+
+/// The longest timeout handed to the kernel; a wait may end early anyway.
+const MAX_TIMEOUT: Duration = Duration::from_secs(1 << 31);
+
+/// How an io_uring engine works.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UringOptions {
+    /// How long `wait` looks for completions before it sleeps: a processor for a shorter latency.
+    pub spin: Duration,
+    /// Poll the device for completions (`IORING_SETUP_IOPOLL`). Not supported yet; creating the
+    /// engine fails.
+    pub polled: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Touches a file, and perhaps memory of the caller.
+    File,
+    Timer,
+    Watch,
+}
+
+/// An operation in flight.
+struct Slot {
+    token: Token,
+    kind: Kind,
+    /// Where the kernel reads a timer's duration.
+    timeout: types::Timespec,
+}
+
+/// A run of registered memory.
+struct Region {
+    start: usize,
+    end: usize,
+    index: u16,
+}
+
+/// The io_uring engine. It belongs to the thread that made it.
+pub struct UringEngine {
+    ring: IoUring,
+    files: FileTable,
+    /// Entries of the ring's file table; 0 when the kernel refused one.
+    table: u32,
+    /// Which of them are in use.
+    fixed: Vec<bool>,
+    slots: Box<[Slot]>,
+    free: Vec<u32>,
+    /// Operations in flight that must end before the engine does.
+    unfinished: usize,
+    regions: Vec<Region>,
+    notifier: Notifier,
+    /// Somebody may sleep on the notifier.
+    announced: Cell<bool>,
+    /// The engine's own poll of the notifier is in the ring.
+    wake_armed: bool,
+    options: UringOptions,
+    _on_one_thread: PhantomData<*const ()>,
+}
+
+impl std::fmt::Debug for UringEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("UringEngine")
+            .field("in_flight", &(self.slots.len() - self.free.len()))
+            .field("announced", &self.announced.get())
+            .finish_non_exhaustive()
+    }
+}
+
+impl UringEngine {
+    /// A ring for the calling thread that holds `depth` operations.
+    ///
+    /// # Errors
+    /// When the kernel has no ring to give; the message says what is missing.
+    pub fn new(depth: u32, options: UringOptions) -> Result<Self> {
+        if options.polled {
+            return Err(Error::unsupported(
+                "io_uring: polled completions are not supported; use the spin option",
+            ));
+        }
+        let depth = depth.clamp(1, 1 << 14);
+        let ring = uring_setup::ring(depth)?;
+        let notifier = Notifier::new().map_err(|e| Error::from(e).operation("create eventfd"))?;
+        let table = uring_setup::register_file_table(&ring);
+        ring.submitter()
+            .register_eventfd(notifier.as_raw_fd())
+            .map_err(|error| Error::from(error).operation("register eventfd with io_uring"))?;
+        let mut engine = Self {
+            // Without a timeout in `io_uring_enter` (before Linux 5.11) `wait` needs the eventfd.
+            announced: Cell::new(!ring.params().is_feature_ext_arg()),
+            ring,
+            files: FileTable::default(),
+            table,
+            fixed: vec![false; table as usize],
+            slots: (0..depth)
+                .map(|_| Slot {
+                    token: Token(0),
+                    kind: Kind::File,
+                    timeout: types::Timespec::new(),
+                })
+                .collect(),
+            free: (0..depth).rev().collect(),
+            unfinished: 0,
+            regions: Vec::new(),
+            notifier,
+            wake_armed: false,
+            options,
+            _on_one_thread: PhantomData,
+        };
+        if !engine.announced.get() {
+            engine.ring.completion().disable_eventfd();
+        }
+        Ok(engine)
+    }
+
+    /// Whether the kernel has completions that only an enter brings into the completion queue.
+    fn owes_completions(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow()
+    }
+
+    fn completions_at_hand(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
+    /// Puts an entry into the submission queue; `false` when it is full even after submitting.
+    ///
+    /// # Safety
+    /// What the entry points to stays valid until its completion was reaped.
+    unsafe fn push(&mut self, entry: &squeue::Entry) -> bool {
+        // SAFETY: the caller vouches for the entry.
+        if unsafe { self.ring.submission().push(entry) }.is_ok() {
+            return true;
+        }
+        // SAFETY: the caller vouches for the entry.
+        self.submit().is_ok() && unsafe { self.ring.submission().push(entry) }.is_ok()
+    }
+
+    /// The entry of a read or write of one or several segments.
+    fn transfer(
+        &self,
+        fd: RawFd,
+        offset: u64,
+        segments: &[Segment],
+        unit: usize,
+        write: Option<i32>,
+    ) -> squeue::Entry {
+        let fd = types::Fd(fd);
+        let segments = sys::prefix(segments, unit);
+        if let [segment] = segments {
+            let base = segment.as_ptr();
+            let len = segment.len().min(MAX_TRANSFER) as u32;
+            let fixed = self.region(segment);
+            return match (write, fixed) {
+                (None, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
+                (None, Some(index)) => opcode::ReadFixed::new(fd, base, len, index)
+                    .offset(offset)
+                    .build(),
+                (Some(flags), None) => opcode::Write::new(fd, base, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                (Some(flags), Some(index)) => opcode::WriteFixed::new(fd, base, len, index)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+            };
+        }
+        // A segment is laid out as an iovec.
+        let list = segments.as_ptr().cast();
+        let count = segments.len() as u32;
+        match write {
+            None => opcode::Readv::new(fd, list, count).offset(offset).build(),
+            Some(flags) => opcode::Writev::new(fd, list, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+        }
+    }
+
+    /// The registered region that holds a whole segment.
+    fn region(&self, segment: &Segment) -> Option<u16> {
+        if self.regions.is_empty() {
+            return None;
+        }
+        let start = segment.as_ptr() as usize;
+        let end = start.checked_add(segment.len())?;
+        let after = self.regions.partition_point(|region| region.start <= start);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        (end <= region.end).then_some(region.index)
+    }
+
+    /// The entry of an operation, without its user data; an engine result when it cannot be made.
+    fn entry(&mut self, slot: u32, op: &HostOp<'_>) -> Result<(squeue::Entry, Kind), i32> {
+        let file = match op {
+            HostOp::Read { file, .. }
+            | HostOp::Write { file, .. }
+            | HostOp::Sync { file }
+            | HostOp::Fallocate { file, .. } => Some(*file),
+            HostOp::Timer { .. } | HostOp::PollReadable { .. } => None,
+        };
+        let (fd, unit, flags) = match file {
+            None => (-1, 1, squeue::Flags::empty()),
+            Some(file) => {
+                let known = self.files.get(file).ok_or(-libc::EBADF)?;
+                if self.fixed.get(file.0 as usize) == Some(&true) {
+                    (file.0 as RawFd, known.unit, squeue::Flags::FIXED_FILE)
+                } else {
+                    (known.fd, known.unit, squeue::Flags::empty())
+                }
+            }
+        };
+        // An offset of -1 means the current position to the kernel, others are negative.
+        let check = |offset: u64| i64::try_from(offset).map(|_| offset);
+        let (entry, kind) = match *op {
+            HostOp::Read {
+                offset, segments, ..
+            } => {
+                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
+                let entry = self.transfer(fd, offset, segments, unit, None);
+                (entry, Kind::File)
+            }
+            HostOp::Write {
+                offset,
+                segments,
+                dsync,
+                ..
+            } => {
+                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
+                let rw = if dsync { libc::RWF_DSYNC } else { 0 };
+                let entry = self.transfer(fd, offset, segments, unit, Some(rw));
+                (entry, Kind::File)
+            }
+            HostOp::Sync { .. } => {
+                let fsync = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC);
+                (fsync.build(), Kind::File)
+            }
+            HostOp::Fallocate {
+                mode, offset, len, ..
+            } => {
+                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
+                let len = check(len).map_err(|_| -libc::EINVAL)?;
+                let entry = opcode::Fallocate::new(types::Fd(fd), len)
+                    .offset(offset)
+                    .mode(sys::fallocate_flags(mode))
+                    .build();
+                (entry, Kind::File)
+            }
+            HostOp::Timer { after } => {
+                let place = &mut self.slots[slot as usize].timeout;
+                *place = types::Timespec::from(after.min(MAX_TIMEOUT));
+                (opcode::Timeout::new(place).build(), Kind::Timer)
+            }
+            HostOp::PollReadable { fd } => {
+                let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32);
+                (poll.build(), Kind::Watch)
+            }
+        };
+        Ok((entry.flags(flags), kind))
+    }
+
+    /// Takes what is in the completion queue; returns how many operations ended.
+    fn drain(&mut self, out: &mut Vec<(Token, i32)>) -> usize {
+        let mut ended = 0;
+        let mut woken = false;
+        for completion in self.ring.completion() {
+            if completion.user_data() == WAKE {
+                woken = true;
+                continue;
+            }
+            let index = completion.user_data() as u32;
+            let slot = &self.slots[index as usize];
+            let result = match (slot.kind, completion.result()) {
+                (Kind::Timer, result) if result == -libc::ETIME => 0,
+                (Kind::Watch, result) if result > 0 => 0,
+                (_, result) => result,
+            };
+            if slot.kind == Kind::File {
+                self.unfinished -= 1;
+            }
+            out.push((slot.token, result));
+            self.free.push(index);
+            ended += 1;
+        }
+        if woken {
+            self.wake_armed = false;
+            // In the announced mode `reap` clears it, once it has found nothing more.
+            if !self.announced.get() {
+                self.notifier.clear();
+            }
+        }
+        ended
+    }
+
+    /// Enters the kernel for completions that it has not posted yet.
+    fn collect(&mut self) {
+        // Whatever is wrong shows again in `submit` and `wait`, which can say so.
+        let _ = self.ring.submitter().submit();
+    }
+
+    /// Looks for completions for a while; whether there are any.
+    fn spin(&mut self, timeout: Option<Duration>) -> bool {
+        let limit = timeout.map_or(self.options.spin, |timeout| self.options.spin.min(timeout));
+        if limit.is_zero() {
+            return false;
+        }
+        let end = Instant::now() + limit;
+        loop {
+            if self.completions_at_hand() || self.owes_completions() {
+                return true;
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Sleeps in the ring.
+    fn wait_in_ring(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if !self.wake_armed {
+            let poll =
+                opcode::PollAdd::new(types::Fd(self.notifier.as_raw_fd()), libc::POLLIN as u32)
+                    .build()
+                    .user_data(WAKE);
+            // SAFETY: the entry points to no memory.
+            self.wake_armed = unsafe { self.push(&poll) };
+        }
+        let timeout = timeout.map(|timeout| types::Timespec::from(timeout.min(MAX_TIMEOUT)));
+        let mut arguments = types::SubmitArgs::new();
+        if let Some(timeout) = &timeout {
+            arguments = arguments.timespec(timeout);
+        }
+        match self.ring.submitter().submit_with_args(1, &arguments) {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR) => Ok(()),
+                // Something has to be reaped first, or memory is short.
+                Some(libc::EBUSY | libc::EAGAIN) => {
+                    std::thread::yield_now();
+                    Ok(())
+                }
+                _ => Err(error),
+            },
+        }
+    }
+}
+
+impl Engine for UringEngine {
+    fn name(&self) -> &'static str {
+        EngineKind::IoUring.name()
+    }
+
+    fn register(&mut self, file: &Arc<HostFile>) -> Result<EngineFile> {
+        let fd = sys::require_os(file, self.name())?;
+        sys::clear_nonblocking(fd)
+            .map_err(|e| Error::from(e).operation("set file flags").path(file.path()))?;
+        let index = self.files.insert(file);
+        if index.0 < self.table {
+            let update = self.ring.submitter().register_files_update(index.0, &[fd]);
+            self.fixed[index.0 as usize] = matches!(update, Ok(1));
+        }
+        Ok(index)
+    }
+
+    fn unregister(&mut self, file: EngineFile) {
+        if let Some(fixed) = self.fixed.get_mut(file.0 as usize)
+            && std::mem::take(fixed)
+            && let Err(error) = self.ring.submitter().register_files_update(file.0, &[-1])
+        {
+            // The entry is overwritten when the index is used again.
+            tracing::warn!(%error, "io_uring keeps an unregistered file open");
+        }
+        self.files.remove(file);
+    }
+
+    unsafe fn register_memory(&mut self, regions: &[(*mut u8, usize)]) -> bool {
+        if !self.regions.is_empty() {
+            self.regions.clear();
+            let _ = self.ring.submitter().unregister_buffers();
+        }
+        let Some(chunks) = uring_setup::memory_chunks(regions) else {
+            return false;
+        };
+        // SAFETY: the caller vouches for the memory until it is replaced or the engine is gone.
+        if let Err(error) = unsafe { self.ring.submitter().register_buffers(&chunks) } {
+            tracing::debug!(%error, "io_uring: guest memory is not registered");
+            return false;
+        }
+        self.regions = chunks
+            .iter()
+            .enumerate()
+            .map(|(index, chunk)| Region {
+                start: chunk.iov_base as usize,
+                end: chunk.iov_base as usize + chunk.iov_len,
+                index: index as u16,
+            })
+            .collect();
+        true
+    }
+
+    unsafe fn start(&mut self, token: Token, op: HostOp<'_>) -> Started {
+        let Some(index) = self.free.pop() else {
+            return Started::Full;
+        };
+        let (entry, kind) = match self.entry(index, &op) {
+            Ok(made) => made,
+            Err(result) => {
+                self.free.push(index);
+                return Started::Done(result);
+            }
+        };
+        let entry = entry.user_data(u64::from(index));
+        // SAFETY: the caller keeps segments and memory, the slot keeps a timer's duration.
+        if !unsafe { self.push(&entry) } {
+            self.free.push(index);
+            return Started::Full;
+        }
+        let slot = &mut self.slots[index as usize];
+        slot.token = token;
+        slot.kind = kind;
+        if kind == Kind::File {
+            self.unfinished += 1;
+        }
+        Started::Pending
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        let mut attempts = 0;
+        loop {
+            let queued = self.ring.submission().len();
+            if queued == 0 {
+                return Ok(());
+            }
+            let error = match self.ring.submitter().submit() {
+                Ok(0) => io::Error::from_raw_os_error(libc::EAGAIN),
+                Ok(_) => continue,
+                Err(error) => error,
+            };
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // With operations in flight, their completions let the caller try again.
+                Some(libc::EAGAIN | libc::EBUSY)
+                    if attempts < SUBMIT_ATTEMPTS
+                        && self.slots.len() - self.free.len() <= queued =>
+                {
+                    attempts += 1;
+                    std::thread::yield_now();
+                }
+                _ => return Err(error),
+            }
+        }
+    }
+
+    fn reap(&mut self, out: &mut Vec<(Token, i32)>) {
+        let mut ended = 0;
+        let mut cleared = false;
+        loop {
+            // One enter posts a limited number of completions and says if there are more.
+            while self.owes_completions() {
+                self.collect();
+                ended += self.drain(out);
+            }
+            ended += self.drain(out);
+            if ended > 0 || cleared || !self.announced.get() {
+                return;
+            }
+            self.notifier.clear();
+            cleared = true;
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if self.completions_at_hand() {
+            return self.submit();
+        }
+        if !self.options.spin.is_zero() {
+            self.submit()?;
+            if self.spin(timeout) {
+                return Ok(());
+            }
+        }
+        if !self.announced.get() {
+            return self.wait_in_ring(timeout);
+        }
+        self.submit()?;
+        if self.completions_at_hand() || self.owes_completions() {
+            return Ok(());
+        }
+        sys::poll(&mut [sys::readable(self.notifier.as_raw_fd())], timeout)
+    }
+
+    fn notifier(&self) -> BorrowedFd<'_> {
+        if !self.announced.replace(true) {
+            // SAFETY: no other handle of the completion queue exists: they live inside the methods
+            // that take `&mut self`.
+            let queue = unsafe { self.ring.completion_shared() };
+            queue.enable_eventfd();
+            drop(queue);
+            // What completed before was not announced.
+            self.notifier.signal();
+        }
+        self.notifier.as_fd()
+    }
+
+    fn waker(&self) -> BorrowedFd<'_> {
+        self.notifier.as_fd()
+    }
+}
+
+impl Drop for UringEngine {
+    fn drop(&mut self) {
+        let mut out = Vec::new();
+        let mut reported = false;
+        // Nobody sleeps on the notifier of an engine that is going away; see the module's text for
+        // why the ring must not write it while it polls it.
+        self.announced.set(false);
+        self.ring.completion().disable_eventfd();
+        while self.unfinished > 0 {
+            // The kernel may still write to memory of others: there is no way on but waiting.
+            if let Err(error) = self.wait_in_ring(None) {
+                if !std::mem::replace(&mut reported, true) {
+                    tracing::error!(%error, "io_uring: cannot wait for operations in flight");
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            while self.owes_completions() {
+                self.collect();
+                self.drain(&mut out);
+            }
+            self.drain(&mut out);
+        }
+        // The kernel takes a ring apart in the background. Files are given back here, so that their
+        // locks are gone when this returns.
+        if self.fixed.contains(&true) {
+            let _ = self.ring.submitter().unregister_files();
+        }
+    }
+}

@@ -1,0 +1,558 @@
+//! [`Io`]: what an image is given to do I/O with, on the calling queue's own thread.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    path::PathBuf,
+    pin::Pin,
+    rc::Rc,
+    sync::{Arc, Mutex, atomic::Ordering},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use super::{
+    AlignedBuf, EngineFile, FallocateMode, Segment, Segments, buffers,
+    core::{DiskCore, FileEntry},
+    driver::{Driver, Eof, NewOp, OpKind},
+    pins::QueuePins,
+};
+use crate::sync::lock;
+use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
+
+struct OpenFile {
+    entry: Arc<FileEntry>,
+    engine_file: EngineFile,
+}
+
+/// Asynchronous I/O on the files of one disk, by one queue. It stays on the queue's thread.
+pub struct Io {
+    pub(crate) driver: Rc<Driver>,
+    pub(crate) core: Arc<DiskCore>,
+    pub(crate) pins: QueuePins,
+    pub(crate) cache: RefCell<MapCache>,
+    files: RefCell<Vec<OpenFile>>,
+}
+
+/// A file as the hit path needs it.
+pub(crate) struct FileView<'a> {
+    pub(crate) entry: &'a Arc<FileEntry>,
+    pub(crate) engine_file: EngineFile,
+}
+
+impl Io {
+    pub(crate) fn new(driver: &Rc<Driver>, core: &Arc<DiskCore>) -> Result<Self> {
+        let io = Self {
+            driver: Rc::clone(driver),
+            core: Arc::clone(core),
+            pins: core.pins.register(),
+            cache: RefCell::default(),
+            files: RefCell::default(),
+        };
+        io.open_files(core.file_count())?;
+        Ok(io)
+    }
+
+    /// Makes the disk's first `count` files known to the engine.
+    fn open_files(&self, count: u32) -> Result<()> {
+        let mut files = self.files.borrow_mut();
+        for index in files.len() as u32..count {
+            let entry = self.core.file(FileId(index))?;
+            let engine_file = self.driver.register(&entry.file)?;
+            files.push(OpenFile { entry, engine_file });
+        }
+        Ok(())
+    }
+
+    /// Calls `use_file` with a file of the disk.
+    pub(crate) fn with_file<T>(
+        &self,
+        id: FileId,
+        use_file: impl FnOnce(FileView<'_>) -> T,
+    ) -> Result<T> {
+        if id.0 as usize >= self.files.borrow().len() {
+            self.open_files(id.0.saturating_add(1).min(self.core.file_count()))?;
+        }
+        let files = self.files.borrow();
+        let file = files
+            .get(id.0 as usize)
+            .ok_or_else(|| Error::corrupt(format!("disk has no file number {}", id.0)))?;
+        Ok(use_file(FileView {
+            entry: &file.entry,
+            engine_file: file.engine_file,
+        }))
+    }
+
+    fn open_file(&self, id: FileId) -> Result<(Arc<FileEntry>, EngineFile)> {
+        self.with_file(id, |file| (Arc::clone(file.entry), file.engine_file))
+    }
+
+    /// The length of a file in bytes, now.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn file_len(&self, file: FileId) -> Result<u64> {
+        self.with_file(file, |file| file.entry.file.len())?
+    }
+
+    /// The path of a file.
+    #[must_use]
+    pub fn file_path(&self, file: FileId) -> PathBuf {
+        self.with_file(file, |file| file.entry.path().to_owned())
+            .unwrap_or_default()
+    }
+
+    /// Host bytes in use by a file.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn file_allocated(&self, file: FileId) -> Result<u64> {
+        self.with_file(file, |file| file.entry.file.allocated())?
+    }
+
+    /// Reads `len` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ShortTransfer`] when the file ends before; the host's error otherwise.
+    pub async fn read(&self, file: FileId, offset: u64, len: usize) -> Result<AlignedBuf> {
+        self.read_buffer(file, offset, len, Eof::Error).await
+    }
+
+    /// Reads `len` bytes, zeroes for what lies beyond the end of the file.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub async fn read_padded(&self, file: FileId, offset: u64, len: usize) -> Result<AlignedBuf> {
+        self.read_buffer(file, offset, len, Eof::Zeroes).await
+    }
+
+    async fn read_buffer(
+        &self,
+        file: FileId,
+        offset: u64,
+        len: usize,
+        eof: Eof,
+    ) -> Result<AlignedBuf> {
+        let (entry, engine_file) = self.open_file(file)?;
+        let unit = entry.file.alignment().offset;
+        let lead = offset % u64::from(unit);
+        let span = usize::try_from(lead)
+            .ok()
+            .and_then(|lead| lead.checked_add(len))
+            .and_then(|span| span.checked_next_multiple_of(unit as usize))
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange).path(entry.path()))?;
+        let exact = span == len;
+        let mut buffer = AlignedBuf::zeroed(span);
+        let segments = whole(&mut buffer);
+        let (result, buffer) = self
+            .driver
+            .operation(NewOp {
+                kind: OpKind::Read {
+                    eof: if exact { eof } else { Eof::Zeroes },
+                },
+                file: engine_file,
+                offset: offset - lead,
+                segments,
+                unit,
+                buffer: Some(buffer),
+            })
+            .await;
+        let fail = |kind: ErrorKind| {
+            Error::new(kind)
+                .operation("read")
+                .offset(offset)
+                .path(entry.path())
+        };
+        result.map_err(fail)?;
+        let buffer = buffer.ok_or_else(|| fail(ErrorKind::Cancelled))?;
+        if exact {
+            return Ok(buffer);
+        }
+        if eof == Eof::Error && entry.file.len()? < offset.saturating_add(len as u64) {
+            return Err(fail(ErrorKind::ShortTransfer));
+        }
+        let lead = lead as usize;
+        Ok(AlignedBuf::from_slice(&buffer[lead..lead + len]))
+    }
+
+    /// Reads into segments that the caller keeps valid until this future ends.
+    pub(crate) async fn read_segments(
+        &self,
+        file: FileId,
+        offset: u64,
+        segments: Segments,
+    ) -> Result<()> {
+        let (entry, engine_file) = self.open_file(file)?;
+        if !is_aligned(&entry, offset, &segments) {
+            let len: usize = segments.iter().map(Segment::len).sum();
+            let buffer = self.read_buffer(file, offset, len, entry.eof()).await?;
+            buffers::scatter(&segments, &buffer);
+            return Ok(());
+        }
+        let (result, _) = self
+            .driver
+            .operation(NewOp {
+                kind: OpKind::Read { eof: entry.eof() },
+                file: engine_file,
+                offset,
+                segments,
+                unit: entry.file.alignment().offset,
+                buffer: None,
+            })
+            .await;
+        result.map_err(|kind| {
+            Error::new(kind)
+                .operation("read")
+                .offset(offset)
+                .path(entry.path())
+        })
+    }
+
+    /// Writes a buffer and gives it back.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub async fn write(
+        &self,
+        file: FileId,
+        offset: u64,
+        mut buffer: AlignedBuf,
+    ) -> Result<AlignedBuf> {
+        let (entry, _) = self.open_file(file)?;
+        let segments = whole(&mut buffer);
+        if is_aligned(&entry, offset, &segments) {
+            return self
+                .write_aligned(file, offset, segments, Some(buffer), false)
+                .await?
+                .ok_or_else(|| Error::new(ErrorKind::Cancelled));
+        }
+        self.write_segments(file, offset, segments, false).await?;
+        Ok(buffer)
+    }
+
+    /// Writes segments that the caller keeps valid until this future ends.
+    pub(crate) async fn write_segments(
+        &self,
+        file: FileId,
+        offset: u64,
+        segments: Segments,
+        dsync: bool,
+    ) -> Result<()> {
+        let (entry, _) = self.open_file(file)?;
+        if is_aligned(&entry, offset, &segments) {
+            return self
+                .write_aligned(file, offset, segments, None, dsync)
+                .await
+                .map(drop);
+        }
+        self.read_modify_write(&entry, file, offset, &segments, dsync)
+            .await
+    }
+
+    async fn write_aligned(
+        &self,
+        file: FileId,
+        offset: u64,
+        segments: Segments,
+        buffer: Option<AlignedBuf>,
+        dsync: bool,
+    ) -> Result<Option<AlignedBuf>> {
+        let (entry, _) = self.open_file(file)?;
+        let len: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
+        let _range = match &entry.ranges {
+            Some(ranges) => Some(ranges.hold(offset, offset.saturating_add(len), false).await),
+            None => None,
+        };
+        self.write_now(file, offset, segments, buffer, dsync).await
+    }
+
+    /// One write operation, whatever is held.
+    async fn write_now(
+        &self,
+        file: FileId,
+        offset: u64,
+        segments: Segments,
+        buffer: Option<AlignedBuf>,
+        dsync: bool,
+    ) -> Result<Option<AlignedBuf>> {
+        let (entry, engine_file) = self.open_file(file)?;
+        let fail = |kind: ErrorKind| {
+            Error::new(kind)
+                .operation("write")
+                .offset(offset)
+                .path(entry.path())
+        };
+        if !entry.file.is_writable() {
+            return Err(fail(ErrorKind::ReadOnly));
+        }
+        let (result, buffer) = self
+            .driver
+            .operation(NewOp {
+                kind: OpKind::Write { dsync },
+                file: engine_file,
+                offset,
+                segments,
+                unit: entry.file.alignment().offset,
+                buffer,
+            })
+            .await;
+        result.map_err(fail)?;
+        Ok(buffer)
+    }
+
+    /// A write that does not fill whole host blocks: reads them, changes them, writes them, with
+    /// every other write to them excluded.
+    async fn read_modify_write(
+        &self,
+        entry: &Arc<FileEntry>,
+        file: FileId,
+        offset: u64,
+        segments: &Segments,
+        dsync: bool,
+    ) -> Result<()> {
+        let len: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
+        let unit = u64::from(entry.file.alignment().offset);
+        let start = offset - offset % unit;
+        let end = offset
+            .checked_add(len)
+            .and_then(|end| end.checked_next_multiple_of(unit))
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange).path(entry.path()))?;
+        let _range = match &entry.ranges {
+            Some(ranges) => Some(ranges.hold(start, end, true).await),
+            None => None,
+        };
+        let mut buffer = self
+            .read_buffer(file, start, (end - start) as usize, Eof::Zeroes)
+            .await?;
+        let at = (offset - start) as usize;
+        buffers::gather(segments, &mut buffer[at..at + len as usize]);
+        let file_len = entry.file.len()?;
+        let segments = whole(&mut buffer);
+        self.write_now(file, start, segments, Some(buffer), dsync)
+            .await?;
+        let wanted = file_len.max(offset + len);
+        if entry.role() == super::FileRole::RawData && end > wanted {
+            // Direct I/O wrote whole blocks; a raw image keeps its length.
+            self.set_len(file, wanted).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes completed writes durable (`fdatasync`). Callers of several queues share one sync where
+    /// it has not started yet. After a failure every later sync of the file fails.
+    ///
+    /// # Errors
+    /// The host's error, or [`ErrorKind::SyncFailed`].
+    pub async fn sync(&self, file: FileId) -> Result<()> {
+        let (entry, engine_file) = self.open_file(file)?;
+        let fail = |kind: ErrorKind| Error::new(kind).operation("sync").path(entry.path());
+        if entry.sync_failed.load(Ordering::Acquire) {
+            return Err(fail(ErrorKind::SyncFailed));
+        }
+        entry
+            .sync
+            .run(|| async {
+                let (result, _) = self
+                    .driver
+                    .operation(NewOp {
+                        kind: OpKind::Sync,
+                        file: engine_file,
+                        offset: 0,
+                        segments: Segments::new(),
+                        unit: 1,
+                        buffer: None,
+                    })
+                    .await;
+                result.map_err(|kind| {
+                    entry.sync_failed.store(true, Ordering::Release);
+                    fail(kind)
+                })
+            })
+            .await
+            .map_err(|error| error.operation("sync").path(entry.path()))
+    }
+
+    /// Changes the allocation of a range.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the file system cannot; the host's error otherwise.
+    pub async fn fallocate(
+        &self,
+        file: FileId,
+        mode: FallocateMode,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let (entry, engine_file) = self.open_file(file)?;
+        if !entry.file.is_writable() {
+            return Err(Error::new(ErrorKind::ReadOnly).path(entry.path()));
+        }
+        let unit = u64::from(entry.file.alignment().offset);
+        let _range = match &entry.ranges {
+            Some(ranges) => {
+                let end = offset.saturating_add(len).next_multiple_of(unit);
+                Some(ranges.hold(offset - offset % unit, end, true).await)
+            }
+            None => None,
+        };
+        let (result, _) = self
+            .driver
+            .operation(NewOp {
+                kind: OpKind::Fallocate { mode, len },
+                file: engine_file,
+                offset,
+                segments: Segments::new(),
+                unit: 1,
+                buffer: None,
+            })
+            .await;
+        result.map_err(|kind| {
+            Error::new(kind)
+                .operation("fallocate")
+                .offset(offset)
+                .path(entry.path())
+        })
+    }
+
+    /// Changes the length of a file.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub async fn set_len(&self, file: FileId, len: u64) -> Result<()> {
+        let (entry, _) = self.open_file(file)?;
+        self.run(move || entry.file.set_len(len)).await?
+    }
+
+    /// The next run of data of a file at or after `offset`; `None` when only a hole follows.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub async fn next_data(&self, file: FileId, offset: u64) -> Result<Option<(u64, u64)>> {
+        let (entry, _) = self.open_file(file)?;
+        self.run(move || entry.file.next_data(offset)).await?
+    }
+
+    /// Runs blocking work on the pool, or inline where the engine is synchronous.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Cancelled`] when the work panicked.
+    pub async fn run<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        if self.driver.is_synchronous() {
+            return Ok(work());
+        }
+        if self.driver.is_simulated() {
+            let value = work();
+            self.sleep(Duration::ZERO).await?;
+            return Ok(value);
+        }
+        let shared = Arc::new(Mutex::new(Outcome::Waiting(None)));
+        let reporter = Reporter(Arc::clone(&shared));
+        self.core.pool.execute(Box::new(move || {
+            reporter.report(Outcome::Done(work()));
+        }));
+        OutcomeFuture(shared).await
+    }
+
+    /// Waits.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub async fn sleep(&self, after: Duration) -> Result<()> {
+        let (result, _) = self
+            .driver
+            .operation(NewOp {
+                kind: OpKind::Timer { after },
+                file: EngineFile(0),
+                offset: 0,
+                segments: Segments::new(),
+                unit: 1,
+                buffer: None,
+            })
+            .await;
+        result.map_err(|kind| Error::new(kind).operation("sleep"))
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        for file in self.files.get_mut().drain(..) {
+            self.driver.unregister(file.engine_file);
+        }
+        self.core.pins.unregister(&self.pins);
+    }
+}
+
+/// All of a buffer as a scatter list.
+fn whole(buffer: &mut AlignedBuf) -> Segments {
+    let mut segments = Segments::new();
+    if !buffer.is_empty() {
+        segments.push(Segment::new(buffer.as_mut_ptr(), buffer.len()));
+    }
+    segments
+}
+
+/// Whether an operation can be given to the file as it is.
+pub(crate) fn is_aligned(entry: &FileEntry, offset: u64, segments: &[Segment]) -> bool {
+    let alignment = entry.file.alignment();
+    if alignment.is_none() {
+        return true;
+    }
+    let unit = alignment.offset as usize;
+    offset.is_multiple_of(u64::from(alignment.offset))
+        && segments.iter().all(|segment| {
+            segment.len().is_multiple_of(unit)
+                && (segment.as_ptr() as usize).is_multiple_of(alignment.memory as usize)
+        })
+}
+
+enum Outcome<T> {
+    Waiting(Option<Waker>),
+    Done(T),
+    Lost,
+}
+
+/// Reports what became of pool work, also when it panics.
+struct Reporter<T>(Arc<Mutex<Outcome<T>>>);
+
+impl<T> Reporter<T> {
+    fn report(&self, outcome: Outcome<T>) {
+        let before = std::mem::replace(&mut *lock(&self.0), outcome);
+        if let Outcome::Waiting(Some(waker)) = before {
+            waker.wake();
+        }
+    }
+}
+
+impl<T> Drop for Reporter<T> {
+    fn drop(&mut self) {
+        let waiting = matches!(&*lock(&self.0), Outcome::Waiting(_));
+        if waiting {
+            self.report(Outcome::Lost);
+        }
+    }
+}
+
+struct OutcomeFuture<T>(Arc<Mutex<Outcome<T>>>);
+
+impl<T> Future for OutcomeFuture<T> {
+    type Output = Result<T>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut outcome = lock(&self.0);
+        match std::mem::replace(&mut *outcome, Outcome::Lost) {
+            Outcome::Done(value) => Poll::Ready(Ok(value)),
+            Outcome::Lost => Poll::Ready(Err(Error::with_message(
+                ErrorKind::Cancelled,
+                "blocking work panicked",
+            ))),
+            Outcome::Waiting(_) => {
+                *outcome = Outcome::Waiting(Some(context.waker().clone()));
+                Poll::Pending
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Reusable numbered places whose keys carry a generation: a late message for an earlier tenant of a
+//! place is recognised and dropped.
+
+/// A place and the tenancy it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+}
+
+impl Key {
+    /// The key as one number.
+    pub(crate) fn to_u64(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    /// The key from [`to_u64`](Self::to_u64).
+    pub(crate) fn from_u64(value: u64) -> Self {
+        Self {
+            index: value as u32,
+            generation: (value >> 32) as u32,
+        }
+    }
+}
+
+struct Place<T> {
+    generation: u32,
+    value: Option<T>,
+}
+
+/// A growing array of places that are used again.
+pub(crate) struct Slab<T> {
+    places: Vec<Place<T>>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self {
+            places: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+}
+
+impl<T> Slab<T> {
+    /// Puts a value into a free place.
+    pub(crate) fn insert(&mut self, value: T) -> Key {
+        if let Some(index) = self.free.pop() {
+            let place = &mut self.places[index as usize];
+            place.value = Some(value);
+            return Key {
+                index,
+                generation: place.generation,
+            };
+        }
+        let index = u32::try_from(self.places.len()).expect("fewer than 2^32 places are in use");
+        self.places.push(Place {
+            generation: 0,
+            value: Some(value),
+        });
+        Key {
+            index,
+            generation: 0,
+        }
+    }
+
+    /// The value of this tenancy.
+    pub(crate) fn get_mut(&mut self, key: Key) -> Option<&mut T> {
+        let place = self.places.get_mut(key.index as usize)?;
+        if place.generation != key.generation {
+            return None;
+        }
+        place.value.as_mut()
+    }
+
+    /// Ends a tenancy.
+    pub(crate) fn remove(&mut self, key: Key) -> Option<T> {
+        let place = self.places.get_mut(key.index as usize)?;
+        if place.generation != key.generation {
+            return None;
+        }
+        let value = place.value.take()?;
+        place.generation = place.generation.wrapping_add(1);
+        self.free.push(key.index);
+        Some(value)
+    }
+
+    /// The number of places in use.
+    pub(crate) fn len(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_key_does_not_reach_the_next_tenant() {
+        let mut slab = Slab::default();
+        let first = slab.insert(1);
+        assert_eq!(slab.remove(first), Some(1));
+        let second = slab.insert(2);
+        assert_eq!(second.index, first.index);
+        assert_eq!(slab.get_mut(first), None);
+        assert_eq!(slab.remove(first), None);
+        assert_eq!(slab.get_mut(second), Some(&mut 2));
+        assert_eq!(Key::from_u64(second.to_u64()), second);
+        assert_eq!(slab.len(), 1);
+    }
+}

@@ -1,0 +1,280 @@
+//! How to open a disk.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{Format, gate::FileGate, io::EngineKind};
+
+/// How the host's page cache and flushes are used, as QEMU's cache modes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Page cache; durable after a flush.
+    #[default]
+    WriteBack,
+    /// Page cache; every change is durable before it completes.
+    WriteThrough,
+    /// Direct I/O; durable after a flush.
+    None,
+    /// Direct I/O; every change is durable before it completes.
+    DirectSync,
+    /// Page cache; flushes are ignored. A power cut may lose or corrupt everything.
+    Unsafe,
+}
+
+impl CacheMode {
+    /// The mode of that QEMU name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "writeback" => CacheMode::WriteBack,
+            "writethrough" => CacheMode::WriteThrough,
+            "none" | "off" => CacheMode::None,
+            "directsync" => CacheMode::DirectSync,
+            "unsafe" => CacheMode::Unsafe,
+            _ => return None,
+        })
+    }
+}
+
+/// Whether the image is locked against other processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// Lock; where the file system has no locks, warn and go on.
+    #[default]
+    Auto,
+    /// Lock, or fail.
+    On,
+    /// Do not lock.
+    Off,
+}
+
+/// What happens to discards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiscardPolicy {
+    /// They give space back to the host.
+    #[default]
+    Unmap,
+    /// They complete without effect.
+    Ignore,
+}
+
+/// Whether writes are searched for zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// They are not.
+    #[default]
+    Off,
+    /// A write of zeroes becomes a write-zeroes request.
+    On,
+    /// The same, and space may be given back.
+    Unmap,
+}
+
+/// Which backing file to use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// The one the header names.
+    #[default]
+    Header,
+    /// None, whatever the header names: clusters that are not allocated read as zeroes.
+    None,
+    /// This one.
+    Override(PathBuf, Option<Format>),
+}
+
+/// How to open a disk. Start with [`OpenOptions::new`], end with
+/// [`open`](OpenOptions::open).
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    pub(crate) format: Option<Format>,
+    pub(crate) read_only: bool,
+    pub(crate) direct: bool,
+    pub(crate) engine: EngineKind,
+    pub(crate) cache_mode: CacheMode,
+    pub(crate) metadata_cache_size: u64,
+    pub(crate) gate: FileGate,
+    pub(crate) locking: Locking,
+    pub(crate) force_share: bool,
+    pub(crate) discard: DiscardPolicy,
+    pub(crate) detect_zeroes: DetectZeroes,
+    pub(crate) backing: Backing,
+    pub(crate) restartable: bool,
+    pub(crate) allow_probed_backing: bool,
+    pub(crate) allow_corrupt: bool,
+    pub(crate) lock_wait: Duration,
+}
+
+/// The default of [`OpenOptions::metadata_cache_size`]: 32 MiB, which maps 256 GiB of a qcow2 image
+/// with 64 KiB clusters.
+pub const DEFAULT_METADATA_CACHE_SIZE: u64 = 32 << 20;
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            read_only: false,
+            direct: false,
+            engine: EngineKind::IoUring,
+            cache_mode: CacheMode::WriteBack,
+            metadata_cache_size: DEFAULT_METADATA_CACHE_SIZE,
+            gate: FileGate::default(),
+            locking: Locking::Auto,
+            force_share: false,
+            discard: DiscardPolicy::Unmap,
+            detect_zeroes: DetectZeroes::Off,
+            backing: Backing::Header,
+            restartable: false,
+            allow_probed_backing: false,
+            allow_corrupt: false,
+            lock_wait: Duration::ZERO,
+        }
+    }
+}
+
+impl OpenOptions {
+    /// The defaults: detected format, writable, page cache, io_uring, 32 MiB of metadata cache,
+    /// named files only inside the image's folder, locked, discards passed on.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The format, instead of detecting it.
+    #[must_use]
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// Open for reading only.
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Bypass the host's page cache. [`CacheMode::None`] and [`CacheMode::DirectSync`] say so too.
+    #[must_use]
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.direct = direct;
+        self
+    }
+
+    /// The engine that drives device queues.
+    #[must_use]
+    pub fn engine(mut self, engine: EngineKind) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// How the page cache and flushes are used.
+    #[must_use]
+    pub fn cache_mode(mut self, mode: CacheMode) -> Self {
+        self.cache_mode = mode;
+        self
+    }
+
+    /// The most bytes of mapping tables kept in memory by each image of the chain; the default is
+    /// [`DEFAULT_METADATA_CACHE_SIZE`].
+    #[must_use]
+    pub fn metadata_cache_size(mut self, bytes: u64) -> Self {
+        self.metadata_cache_size = bytes;
+        self
+    }
+
+    /// Which files the image may name.
+    #[must_use]
+    pub fn gate(mut self, gate: FileGate) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Whether the image is locked against other processes.
+    #[must_use]
+    pub fn locking(mut self, locking: Locking) -> Self {
+        self.locking = locking;
+        self
+    }
+
+    /// Open although another process writes to it: takes no lock, and needs
+    /// [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn force_share(mut self, force_share: bool) -> Self {
+        self.force_share = force_share;
+        self
+    }
+
+    /// What happens to discards.
+    #[must_use]
+    pub fn discard(mut self, policy: DiscardPolicy) -> Self {
+        self.discard = policy;
+        self
+    }
+
+    /// Whether writes are searched for zeroes.
+    #[must_use]
+    pub fn detect_zeroes(mut self, detect: DetectZeroes) -> Self {
+        self.detect_zeroes = detect;
+        self
+    }
+
+    /// Do not open the backing file: clusters that are not allocated read as zeroes.
+    #[must_use]
+    pub fn no_backing(mut self, no_backing: bool) -> Self {
+        self.backing = if no_backing {
+            Backing::None
+        } else {
+            Backing::Header
+        };
+        self
+    }
+
+    /// Use this backing file instead of the one the header names. The gate does not apply to it.
+    #[must_use]
+    pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
+        self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Complete a change only when the tables that it needs are written to the file in crash
+    /// order, so that killing this process loses nothing that completed.
+    #[must_use]
+    pub fn restartable(mut self, restartable: bool) -> Self {
+        self.restartable = restartable;
+        self
+    }
+
+    /// Detect the format of a backing file whose format is not recorded. Without this it is raw.
+    #[must_use]
+    pub fn allow_probed_backing(mut self, allow: bool) -> Self {
+        self.allow_probed_backing = allow;
+        self
+    }
+
+    /// Open an image for writing although it is marked corrupt: for repair.
+    #[must_use]
+    pub fn allow_corrupt(mut self, allow: bool) -> Self {
+        self.allow_corrupt = allow;
+        self
+    }
+
+    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    #[must_use]
+    pub fn lock_wait(mut self, wait: Duration) -> Self {
+        self.lock_wait = wait;
+        self
+    }
+
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct || matches!(self.cache_mode, CacheMode::None | CacheMode::DirectSync)
+    }
+
+    pub(crate) fn is_write_through(&self) -> bool {
+        matches!(
+            self.cache_mode,
+            CacheMode::WriteThrough | CacheMode::DirectSync
+        )
+    }
+}

@@ -1,0 +1,478 @@
+//! The queue: requests in, completions out, over any image and any engine.
+//!
+//! A request that hits the map starts its host operations at once and allocates nothing; any other
+//! becomes a task. Both pin before they look anything up and unpin when their last operation ended.
+
+use std::{
+    any::Any,
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    os::fd::{AsRawFd, BorrowedFd},
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::Duration,
+};
+
+use smallvec::SmallVec;
+
+use crate::{
+    Error, ErrorKind, FileId, GuestRange, Result,
+    hooks::Mutation,
+    image::{ExtentKind, Extents, Intent},
+    io::{
+        AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, NewOp, OpKind, Owner,
+        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned, write_eventfd,
+    },
+    serve::{self, Served},
+};
+
+/// The most requests a queue accepts at a time.
+const MAX_DEPTH: u32 = 65_536;
+
+/// Ranges a write entered in the tables of its files.
+type Entered = SmallVec<[(FileId, u64, u64); 2]>;
+
+/// A request whose host operations are in flight.
+struct Direct {
+    id: u64,
+    buffers: Option<Buffers>,
+    pin: Pin,
+    /// Operations in flight, and one while they are being started.
+    operations: u32,
+    error: Option<ErrorKind>,
+    mutation: Option<Mutation>,
+    entered: Entered,
+}
+
+pub(crate) struct QueueInner {
+    io: Io,
+    served: Arc<Served>,
+    number: Cell<usize>,
+    capacity: usize,
+    in_flight: InFlight,
+    direct: RefCell<Slab<Direct>>,
+    completed: RefCell<Vec<Completion>>,
+    held: RefCell<VecDeque<Request>>,
+    extents: RefCell<Extents>,
+}
+
+/// The data plane of one device queue.
+pub(crate) struct Queue {
+    inner: Rc<QueueInner>,
+    /// The disk stays open while a queue of it exists. Dropped last.
+    _keep: Arc<dyn Any>,
+}
+
+impl Queue {
+    /// A queue of the calling thread.
+    pub(crate) fn new(io: Io, served: Arc<Served>, depth: u32, keep: Arc<dyn Any>) -> Result<Self> {
+        if depth == 0 || depth > MAX_DEPTH {
+            return Err(Error::invalid_argument(format!(
+                "ring depth: {depth}, expected 1 to {MAX_DEPTH}"
+            )));
+        }
+        let in_flight = InFlight::register(io.core.id);
+        let inner = Rc::new(QueueInner {
+            io,
+            served,
+            number: Cell::new(0),
+            capacity: depth as usize,
+            in_flight,
+            direct: RefCell::default(),
+            completed: RefCell::default(),
+            held: RefCell::default(),
+            extents: RefCell::default(),
+        });
+        let sink: Weak<QueueInner> = Rc::downgrade(&inner);
+        inner.number.set(inner.io.driver.add_queue(sink));
+        Ok(Self { inner, _keep: keep })
+    }
+
+    fn driver(&self) -> &Rc<Driver> {
+        &self.inner.io.driver
+    }
+}
+
+impl QueueInner {
+    /// Starts a request as far as it gets.
+    fn start(self: &Rc<Self>, request: Request) {
+        if let Err(kind) = serve::check(&self.served, &request.op) {
+            self.complete(request.id, Err(kind), buffers_of(request.op));
+            return;
+        }
+        let Some(pin) = self.io.pins.pin(&self.io.core.pins) else {
+            self.hold(request);
+            return;
+        };
+        let mutation = serve::mutation(&request.op);
+        self.served.hooks.begin(mutation);
+        match request.op {
+            RequestOp::Read { offset, buffers } => {
+                let range = GuestRange::new(offset, buffers.len());
+                let op = |buffers| RequestOp::Read { offset, buffers };
+                match self.try_direct(request.id, range, buffers, pin, Intent::Read, false) {
+                    Ok(()) => {}
+                    Err(buffers) => self.start_task(request.id, op(buffers), pin, mutation),
+                }
+            }
+            RequestOp::Write {
+                offset,
+                buffers,
+                fua,
+            } => {
+                let range = GuestRange::new(offset, buffers.len());
+                let op = |buffers| RequestOp::Write {
+                    offset,
+                    buffers,
+                    fua,
+                };
+                let allowed = self.served.policy.allows_direct_write()
+                    && !self.is_guarded(range)
+                    && (!fua || self.served.image.mapping_is_durable(range));
+                let intent = Intent::WriteInPlace;
+                match if allowed {
+                    self.try_direct(request.id, range, buffers, pin, intent, fua)
+                } else {
+                    Err(buffers)
+                } {
+                    Ok(()) => {}
+                    Err(buffers) => self.start_task(request.id, op(buffers), pin, mutation),
+                }
+            }
+            op => self.start_task(request.id, op, pin, mutation),
+        }
+    }
+
+    fn is_guarded(&self, range: GuestRange) -> bool {
+        match &self.served.guard {
+            Some(guard) => guard.concerns(range, self.served.image.size()),
+            None => false,
+        }
+    }
+
+    /// Starts a read or write whose whole range the map knows, straight on the engine. Gives the
+    /// buffers back when that cannot be done.
+    fn try_direct(
+        self: &Rc<Self>,
+        id: u64,
+        range: GuestRange,
+        buffers: Buffers,
+        pin: Pin,
+        intent: Intent,
+        dsync: bool,
+    ) -> Result<(), Buffers> {
+        let mut extents = self.extents.borrow_mut();
+        extents.clear();
+        let mapped =
+            self.served
+                .image
+                .try_map(range, intent, &mut self.io.cache.borrow_mut(), &mut extents);
+        if mapped.is_err() || extents.len() != range.len || range.len == 0 {
+            return Err(buffers);
+        }
+        let mut entered = Entered::new();
+        if !self.can_start(&extents, &buffers, intent, &mut entered) {
+            self.leave(&entered);
+            return Err(buffers);
+        }
+        let slot = self.direct.borrow_mut().insert(Direct {
+            id,
+            buffers: None,
+            pin,
+            operations: 1,
+            error: None,
+            mutation: (intent == Intent::WriteInPlace).then_some(Mutation::Write(range)),
+            entered,
+        });
+        let kind = |eof| match intent {
+            Intent::Read => OpKind::Read { eof },
+            Intent::WriteInPlace => OpKind::Write { dsync },
+        };
+        let mut at = 0;
+        for extent in extents.as_slice() {
+            if let ExtentKind::Data { file, offset } = extent.kind {
+                let segments = if extents.as_slice().len() == 1 {
+                    Segments::from_slice(buffers.segments())
+                } else {
+                    buffers.part(at, extent.len)
+                };
+                if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
+                    direct.operations += 1;
+                }
+                // Files were registered when `can_start` looked at them.
+                let op = self.io.with_file(file, |view| NewOp {
+                    kind: kind(view.entry.eof()),
+                    file: view.engine_file,
+                    offset: offset.0,
+                    segments,
+                    unit: view.entry.file.alignment().offset,
+                    buffer: None,
+                });
+                match op {
+                    Ok(op) => {
+                        let owner = Owner::Request {
+                            queue: self.number.get(),
+                            slot,
+                        };
+                        self.io.driver.start(op, owner);
+                    }
+                    Err(error) => self.operation_ended(slot, Err(error.kind())),
+                }
+            } else {
+                buffers.fill_zero(at, extent.len);
+            }
+            at += extent.len;
+        }
+        drop(extents);
+        // The buffers stay with the request until the last operation ended.
+        if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
+            direct.buffers = Some(buffers);
+        }
+        self.operation_ended(slot, Ok(()));
+        Ok(())
+    }
+
+    /// Whether every extent can be given to the engine as it is; enters the ranges of writes.
+    fn can_start(
+        &self,
+        extents: &Extents,
+        buffers: &Buffers,
+        intent: Intent,
+        entered: &mut Entered,
+    ) -> bool {
+        let mut at = 0;
+        for extent in extents.as_slice() {
+            match extent.kind {
+                ExtentKind::Zero => {}
+                ExtentKind::Opaque { .. } => return false,
+                ExtentKind::Data { file, offset } => {
+                    let fits = self.io.with_file(file, |view| {
+                        if view.entry.file.alignment().is_none() {
+                            return true;
+                        }
+                        let aligned = if extents.as_slice().len() == 1 {
+                            is_aligned(view.entry, offset.0, buffers.segments())
+                        } else {
+                            is_aligned(view.entry, offset.0, &buffers.part(at, extent.len))
+                        };
+                        let end = offset.0.saturating_add(extent.len);
+                        match &view.entry.ranges {
+                            Some(ranges) if aligned && intent == Intent::WriteInPlace => {
+                                let free = ranges.try_enter(offset.0, end);
+                                if free {
+                                    entered.push((file, offset.0, end));
+                                }
+                                free
+                            }
+                            _ => aligned,
+                        }
+                    });
+                    if !matches!(fits, Ok(true)) {
+                        return false;
+                    }
+                }
+            }
+            at += extent.len;
+        }
+        true
+    }
+
+    fn leave(&self, entered: &Entered) {
+        for (file, start, end) in entered {
+            let left = self.io.with_file(*file, |view| {
+                if let Some(ranges) = &view.entry.ranges {
+                    ranges.leave(*start, *end);
+                }
+            });
+            debug_assert!(left.is_ok(), "a file that was entered exists");
+        }
+    }
+
+    /// Serves a request that the map alone cannot.
+    fn start_task(self: &Rc<Self>, id: u64, op: RequestOp, pin: Pin, mutation: Option<Mutation>) {
+        let queue = Rc::clone(self);
+        self.io.driver.spawn(Box::pin(async move {
+            let result = serve::serve(&queue.served, &queue.io, &op).await;
+            let result = result.map_err(|error| {
+                tracing::warn!(disk = %queue.io.core.path.display(), request = ?kind_of(&op), %error, "request failed");
+                error.kind()
+            });
+            queue.io.pins.unpin(&queue.io.core.pins, pin);
+            queue.served.hooks.end(mutation, result);
+            queue.complete(id, result, buffers_of(op));
+        }));
+    }
+
+    /// Keeps a request until the disk is no longer drained.
+    fn hold(self: &Rc<Self>, request: Request) {
+        let first = self.held.borrow().is_empty();
+        self.held.borrow_mut().push_back(request);
+        if !first {
+            return;
+        }
+        let queue = Rc::clone(self);
+        self.io.driver.spawn(Box::pin(async move {
+            loop {
+                queue.io.core.pins.opened().await;
+                let held = queue.held.take();
+                for request in held {
+                    queue.start(request);
+                }
+                if queue.held.borrow().is_empty() {
+                    return;
+                }
+            }
+        }));
+    }
+
+    fn complete(&self, id: u64, result: Result<(), ErrorKind>, buffers: Option<Buffers>) {
+        self.completed.borrow_mut().push(Completion {
+            id,
+            result,
+            buffers,
+        });
+    }
+}
+
+/// A request's kind, for messages.
+fn kind_of(op: &RequestOp) -> (&'static str, u64, u64) {
+    match op {
+        RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
+        RequestOp::Write {
+            offset, buffers, ..
+        } => ("write", *offset, buffers.len()),
+        RequestOp::Flush => ("flush", 0, 0),
+        RequestOp::Discard { offset, len } => ("discard", *offset, *len),
+        RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
+    }
+}
+
+fn buffers_of(op: RequestOp) -> Option<Buffers> {
+    match op {
+        RequestOp::Read { buffers, .. } | RequestOp::Write { buffers, .. } => Some(buffers),
+        _ => None,
+    }
+}
+
+impl RequestSink for QueueInner {
+    fn operation_ended(&self, slot: Key, result: Result<(), ErrorKind>) {
+        let ended = {
+            let mut slots = self.direct.borrow_mut();
+            let Some(direct) = slots.get_mut(slot) else {
+                debug_assert!(false, "an operation ended after its request");
+                return;
+            };
+            if let Err(kind) = result {
+                direct.error.get_or_insert(kind);
+            }
+            direct.operations -= 1;
+            if direct.operations > 0 {
+                return;
+            }
+            slots.remove(slot)
+        };
+        let Some(direct) = ended else { return };
+        self.leave(&direct.entered);
+        self.io.pins.unpin(&self.io.core.pins, direct.pin);
+        let result = direct.error.map_or(Ok(()), Err);
+        if let Err(kind) = result {
+            tracing::warn!(disk = %self.io.core.path.display(), %kind, "host operation failed");
+        }
+        self.served.hooks.end(direct.mutation, result);
+        self.complete(direct.id, result, direct.buffers);
+    }
+
+    fn watch_fired(&self, id: u64, result: Result<(), ErrorKind>) {
+        self.in_flight.add(1);
+        self.complete(id, result, None);
+    }
+}
+
+impl AsyncIo for Queue {
+    fn submit(&mut self, batch: &mut Vec<Request>) -> usize {
+        let inner = &self.inner;
+        let room = inner.capacity.saturating_sub(inner.in_flight.get());
+        let take = room.min(batch.len());
+        inner.in_flight.add(take);
+        for request in batch.drain(..take) {
+            inner.start(request);
+        }
+        self.driver().submit();
+        if !inner.completed.borrow().is_empty() {
+            // Done already: whoever waits for the notifier must come and look.
+            write_eventfd(self.driver().notifier().as_raw_fd());
+        }
+        take
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.driver().turn();
+        let mut completed = self.inner.completed.borrow_mut();
+        let count = completed.len();
+        out.append(&mut completed);
+        self.inner.in_flight.remove(count);
+        count
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight.get()
+    }
+
+    fn capacity(&self) -> usize {
+        self.inner.capacity
+    }
+
+    fn notifier(&self) -> BorrowedFd<'_> {
+        self.driver().notifier()
+    }
+
+    fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()> {
+        let owner = Owner::Watch {
+            queue: self.inner.number.get(),
+            id,
+        };
+        self.driver().start(
+            NewOp {
+                kind: OpKind::PollReadable { fd: fd.as_raw_fd() },
+                file: EngineFile(0),
+                offset: 0,
+                segments: Segments::new(),
+                unit: 1,
+                buffer: None,
+            },
+            owner,
+        );
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {
+        let ready = |queue: &Self| !queue.inner.completed.borrow().is_empty();
+        if ready(self) {
+            return Ok(true);
+        }
+        self.driver().turn();
+        if ready(self) {
+            return Ok(true);
+        }
+        self.driver().wait(timeout)?;
+        self.driver().turn();
+        Ok(ready(self))
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let mut completions = Vec::new();
+        loop {
+            self.reap(&mut completions);
+            completions.clear();
+            if self.inner.in_flight.get() == 0 {
+                break;
+            }
+            if let Err(error) = self.driver().wait(None) {
+                tracing::error!(%error, "cannot wait for requests in flight");
+            }
+        }
+        self.driver().remove_queue(self.inner.number.get());
+    }
+}

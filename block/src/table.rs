@@ -1,0 +1,242 @@
+//! Slices of mapping tables and the small per-queue cache of them.
+//!
+//! One table slice has one live copy, shared by all queues behind an `Arc`. Entries are atomic: a
+//! lookup takes no lock. Changes go through the slice's lock and check the entry again.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+};
+
+use crate::sync::lock;
+
+/// Whether what a slice says is on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SliceState {
+    /// The file has it, durably.
+    Clean,
+    /// Changed since it was last copied for writing.
+    Dirty,
+    /// A copy is on its way to the disk and nothing changed since.
+    Writing,
+}
+
+/// A run of entries of a mapping table, in host byte order.
+#[derive(Debug)]
+pub(crate) struct TableSlice {
+    /// Where the slice is in the image file.
+    pub(crate) host_offset: u64,
+    entries: Box<[AtomicU64]>,
+    state: AtomicU8,
+    retired: AtomicBool,
+    used: AtomicBool,
+    change: Mutex<()>,
+}
+
+impl TableSlice {
+    /// A slice that the file has as it is.
+    pub(crate) fn new(host_offset: u64, entries: impl IntoIterator<Item = u64>) -> Self {
+        Self {
+            host_offset,
+            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            state: AtomicU8::new(SliceState::Clean as u8),
+            retired: AtomicBool::new(false),
+            used: AtomicBool::new(true),
+            change: Mutex::new(()),
+        }
+    }
+
+    /// The entry at `index`; 0 beyond the end, which no table has a meaning for but "nothing".
+    pub(crate) fn get(&self, index: usize) -> u64 {
+        self.entries
+            .get(index)
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// The number of entries.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Opens the slice for changes.
+    pub(crate) fn change(&self) -> SliceChange<'_> {
+        SliceChange {
+            slice: self,
+            _guard: lock(&self.change),
+        }
+    }
+
+    /// Whether what it says is on the disk.
+    pub(crate) fn state(&self) -> SliceState {
+        match self.state.load(Ordering::Acquire) {
+            0 => SliceState::Clean,
+            1 => SliceState::Dirty,
+            _ => SliceState::Writing,
+        }
+    }
+
+    /// Copies the entries for writing, big-endian, and starts the state `Writing`.
+    pub(crate) fn copy_for_writing(&self) -> Vec<u8> {
+        let _guard = lock(&self.change);
+        self.state
+            .store(SliceState::Writing as u8, Ordering::Release);
+        self.entries
+            .iter()
+            .flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes())
+            .collect()
+    }
+
+    /// The copy is durable: clean, unless it changed meanwhile.
+    pub(crate) fn written(&self) {
+        // A change meanwhile made it dirty again, and then it stays so.
+        let _ = self.state.compare_exchange(
+            SliceState::Writing as u8,
+            SliceState::Clean as u8,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+    }
+
+    /// Writing failed: dirty again. Returns whether the caller must list it as dirty.
+    pub(crate) fn write_failed(&self) -> bool {
+        self.state
+            .compare_exchange(
+                SliceState::Writing as u8,
+                SliceState::Dirty as u8,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
+    }
+
+    /// Ends its life: queues that still hold it look it up again.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    /// Whether its life ended.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// Notes that it was used lately.
+    pub(crate) fn touch(&self) {
+        // Most touches find it set: no shared write then.
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether it was used since this was last asked.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// A slice opened for changes.
+pub(crate) struct SliceChange<'a> {
+    slice: &'a TableSlice,
+    _guard: MutexGuard<'a, ()>,
+}
+
+impl SliceChange<'_> {
+    /// The entry at `index`.
+    pub(crate) fn get(&self, index: usize) -> u64 {
+        self.slice.get(index)
+    }
+
+    /// Changes an entry. Returns whether the slice just became dirty: the caller lists it then.
+    #[must_use]
+    pub(crate) fn set(&self, index: usize, value: u64) -> bool {
+        if let Some(entry) = self.slice.entries.get(index) {
+            entry.store(value, Ordering::Release);
+        }
+        self.slice
+            .state
+            .swap(SliceState::Dirty as u8, Ordering::AcqRel)
+            != SliceState::Dirty as u8
+    }
+}
+
+/// What a queue's cache knows a slice by: the image and the slice's number in guest order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MapKey {
+    /// The image, unique in the process.
+    pub(crate) image: u32,
+    /// The slice.
+    pub(crate) slice: u64,
+}
+
+/// Places of a queue's cache; a power of two.
+const PLACES: usize = 512;
+
+/// A small direct-mapped cache of table slices that belongs to one queue: a hit touches no shared
+/// lock or count.
+#[derive(Debug)]
+pub struct MapCache {
+    places: Box<[Option<(MapKey, Arc<TableSlice>)>]>,
+}
+
+impl Default for MapCache {
+    fn default() -> Self {
+        Self {
+            places: (0..PLACES).map(|_| None).collect(),
+        }
+    }
+}
+
+impl MapCache {
+    fn place(key: MapKey) -> usize {
+        // Neighbouring slices get neighbouring places; images are spread by an odd factor.
+        (key.slice as usize).wrapping_add((key.image as usize).wrapping_mul(0x9e37)) & (PLACES - 1)
+    }
+
+    /// The slice, if it is here and still alive.
+    pub(crate) fn get(&self, key: MapKey) -> Option<&Arc<TableSlice>> {
+        match &self.places[Self::place(key)] {
+            Some((found, slice)) if *found == key && !slice.is_retired() => Some(slice),
+            _ => None,
+        }
+    }
+
+    /// Remembers a slice, forgetting another that had its place.
+    pub(crate) fn put(&mut self, key: MapKey, slice: &Arc<TableSlice>) {
+        self.places[Self::place(key)] = Some((key, Arc::clone(slice)));
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.places.fill(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_while_writing_stays_dirty() {
+        let slice = TableSlice::new(0, [1, 2]);
+        assert!(slice.change().set(0, 7));
+        assert!(!slice.change().set(1, 8));
+        assert_eq!(slice.copy_for_writing()[7], 7);
+        assert!(slice.change().set(1, 9));
+        slice.written();
+        assert_eq!(slice.state(), SliceState::Dirty);
+        let _ = slice.copy_for_writing();
+        slice.written();
+        assert_eq!(slice.state(), SliceState::Clean);
+    }
+
+    #[test]
+    fn a_retired_slice_is_not_found() {
+        let mut cache = MapCache::default();
+        let key = MapKey { image: 1, slice: 5 };
+        let slice = Arc::new(TableSlice::new(0, [0]));
+        cache.put(key, &slice);
+        assert!(cache.get(key).is_some());
+        assert!(cache.get(MapKey { image: 2, slice: 5 }).is_none());
+        slice.retire();
+        assert!(cache.get(key).is_none());
+    }
+}
