@@ -59,8 +59,12 @@ pub(crate) fn snapshot_delete(disk: &dyn AsyncDiskFile, _name: &str) -> Result<(
     Err(not_here_yet(disk.path()))
 }
 
-/// Shows an internal snapshot instead of the current state; for reading.
-pub(crate) fn snapshot_view(disk: &dyn AsyncDiskFile, _name: &str) -> Result<()> {
+/// The disk as an internal snapshot has it; for reading.
+#[expect(clippy::needless_pass_by_value, reason = "the disk becomes another")]
+pub(crate) fn snapshot_view(
+    disk: Box<dyn AsyncDiskFile>,
+    _name: &str,
+) -> Result<Box<dyn AsyncDiskFile>> {
     Err(not_here_yet(disk.path()))
 }
 
