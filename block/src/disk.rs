@@ -326,8 +326,13 @@ impl DiskFile for Disk {
         if range.end() > self.size() {
             return Err(Error::new(ErrorKind::OutOfRange).path(self.path()));
         }
-        self.with_pin(async |io| served.image.write_compressed(io, range, data).await)
-            .map_err(|error| error.operation("write compressed").path(self.path()))
+        let written = self
+            .with_pin(async |io| served.image.write_compressed(io, range, data).await)
+            .map_err(|error| error.operation("write compressed").path(self.path()))?;
+        if written {
+            return Ok(());
+        }
+        self.write_at(data, offset)
     }
 
     fn close(&self) -> Result<()> {

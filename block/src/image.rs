@@ -56,6 +56,7 @@ pub struct Extent {
 pub struct Extents {
     list: Vec<Extent>,
     len: u64,
+    depth: u32,
 }
 
 /// The most extents one lookup returns; a longer range is looked up in pieces.
@@ -90,6 +91,28 @@ impl Extents {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.list.len() >= MAX_EXTENTS
+    }
+
+    /// Appends a run that only the image at the current depth can serve.
+    pub fn push_opaque(&mut self, len: u64) {
+        let depth = self.depth;
+        self.push(len, ExtentKind::Opaque { depth });
+    }
+
+    /// What `look_up` appends comes from the backing image.
+    pub fn below<T>(&mut self, look_up: impl FnOnce(&mut Self) -> T) -> T {
+        self.depth += 1;
+        let result = look_up(self);
+        self.depth -= 1;
+        result
+    }
+
+    /// [`below`](Self::below) for an asynchronous lookup.
+    pub async fn below_async<T>(&mut self, look_up: impl AsyncFnOnce(&mut Self) -> T) -> T {
+        self.depth += 1;
+        let result = look_up(self).await;
+        self.depth -= 1;
+        result
     }
 
     /// Appends a run, merging it with the last one where they continue each other. Opaque runs
@@ -251,8 +274,8 @@ pub trait Image: Send + Sync {
     /// The host file that holds the image's own data.
     fn data_file(&self) -> FileId;
 
-    /// Looks `range` up without waiting: appends extents to `out` (which is empty) for as much of
-    /// the range, from its start, as is known now. Nothing appended is a miss.
+    /// Looks `range` up without waiting: appends extents to `out` for as much of the range, from
+    /// its start, as is known now. Nothing appended is a miss.
     ///
     /// # Errors
     /// When the map itself is corrupt.
@@ -264,8 +287,8 @@ pub trait Image: Send + Sync {
         out: &mut Extents,
     ) -> Result<()>;
 
-    /// Looks `range` up for reading, loading tables as needed: appends extents to `out` (which is
-    /// empty) for at least one byte of the range.
+    /// Looks `range` up for reading, loading tables as needed: appends extents to `out` for at
+    /// least one byte of the range.
     fn map<'a>(
         &'a self,
         io: &'a Io,
@@ -339,13 +362,14 @@ pub trait Image: Send + Sync {
     /// Changes the size. The disk is drained.
     fn resize<'a>(&'a self, io: &'a Io, size: u64) -> LocalFuture<'a, Result<()>>;
 
-    /// Writes one compressed cluster.
+    /// Writes one cluster compressed; `false` when it does not become smaller: the caller writes it
+    /// as it is then.
     fn write_compressed<'a>(
         &'a self,
         io: &'a Io,
         range: GuestRange,
         data: &'a [u8],
-    ) -> LocalFuture<'a, Result<()>> {
+    ) -> LocalFuture<'a, Result<bool>> {
         let _ = (io, range, data);
         let format = self.format();
         Box::pin(async move {

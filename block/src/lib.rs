@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+pub mod codec;
 mod detect;
 pub mod disk;
 pub mod disk_file;

@@ -5,7 +5,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
 };
 
 use crate::sync::lock;
@@ -30,6 +30,7 @@ pub(crate) struct TableSlice {
     state: AtomicU8,
     retired: AtomicBool,
     used: AtomicBool,
+    write_pins: AtomicU32,
     change: Mutex<()>,
 }
 
@@ -42,6 +43,7 @@ impl TableSlice {
             state: AtomicU8::new(SliceState::Clean as u8),
             retired: AtomicBool::new(false),
             used: AtomicBool::new(true),
+            write_pins: AtomicU32::new(0),
             change: Mutex::new(()),
         }
     }
@@ -109,9 +111,28 @@ impl TableSlice {
             .is_ok()
     }
 
-    /// Ends its life: queues that still hold it look it up again.
+    /// Ends its life: queues that still hold it look it up again. The caller made sure that nobody
+    /// is going to change it.
     pub(crate) fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+        self.retired.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends its life if the file has what it says and nobody is going to change it.
+    pub(crate) fn try_retire(&self) -> bool {
+        // A pinner counts first and looks at `retired` then; here it is the other way round.
+        self.retired.store(true, Ordering::SeqCst);
+        let idle = self.write_pins.load(Ordering::SeqCst) == 0 && self.state() == SliceState::Clean;
+        if !idle {
+            self.retired.store(false, Ordering::SeqCst);
+        }
+        idle
+    }
+
+    /// Keeps the slice alive for a change; `None` when its life just ended.
+    pub(crate) fn write_pin(self: &Arc<Self>) -> Option<WritePin> {
+        self.write_pins.fetch_add(1, Ordering::SeqCst);
+        let pin = WritePin(Arc::clone(self));
+        (!self.retired.load(Ordering::SeqCst)).then_some(pin)
     }
 
     /// Whether its life ended.
@@ -130,6 +151,24 @@ impl TableSlice {
     /// Whether it was used since this was last asked.
     pub(crate) fn take_used(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// A slice that stays alive while it is being changed.
+#[derive(Debug)]
+pub(crate) struct WritePin(Arc<TableSlice>);
+
+impl std::ops::Deref for WritePin {
+    type Target = Arc<TableSlice>;
+
+    fn deref(&self) -> &Arc<TableSlice> {
+        &self.0
+    }
+}
+
+impl Drop for WritePin {
+    fn drop(&mut self) {
+        self.0.write_pins.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
