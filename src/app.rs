@@ -29,7 +29,12 @@ use crate::{
 
 /// Inspect, convert, check, benchmark and serve disk images.
 #[derive(Parser, Debug)]
-#[command(name = "platter", version, max_term_width = 100, args_override_self = true)]
+#[command(
+    name = "platter",
+    version,
+    max_term_width = 100,
+    args_override_self = true
+)]
 #[command(after_long_help = "\
 EXAMPLES
   platter create -f qcow2 disk.qcow2 40G      make an image
@@ -193,7 +198,10 @@ fn tell_as_qemu(error: &clap::Error, persona: Persona) {
     match error.kind() {
         ErrorKind::UnknownArgument => match arg.strip_prefix("--") {
             Some(long) => grumble!("{name}: unrecognized option '--{long}'"),
-            None => grumble!("{name}: invalid option -- '{}'", arg.trim_start_matches('-')),
+            None => grumble!(
+                "{name}: invalid option -- '{}'",
+                arg.trim_start_matches('-')
+            ),
         },
         ErrorKind::InvalidSubcommand => {
             let command = context(error, ContextKind::InvalidSubcommand);

@@ -49,7 +49,12 @@ pub(crate) struct CheckArgs {
     #[arg(long, value_name = "human|json", default_value = "human", value_parser = ["human", "json"])]
     output: String,
     /// Cache mode
-    #[arg(short = 'T', long = "cache", value_name = "MODE", default_value = "writeback")]
+    #[arg(
+        short = 'T',
+        long = "cache",
+        value_name = "MODE",
+        default_value = "writeback"
+    )]
     cache: String,
     /// Print only what is wrong
     #[arg(short, long)]
@@ -100,7 +105,8 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
         print(&report, args.quiet);
     }
     // A check that changed nothing wrote nothing; one that repaired must have reached the file.
-    disk.close().map_err(|error| Failure::new(error.to_string()))?;
+    disk.close()
+        .map_err(|error| Failure::new(error.to_string()))?;
     Ok(if report.check_errors > 0 {
         1
     } else if report.corruptions > 0 {

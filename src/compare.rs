@@ -46,7 +46,12 @@ pub(crate) struct CompareArgs {
     #[arg(short = 'F', long = "b-format", value_name = "FMT")]
     second_format: Option<String>,
     /// Cache mode for both
-    #[arg(short = 'T', long = "cache", value_name = "MODE", default_value = "writeback")]
+    #[arg(
+        short = 'T',
+        long = "cache",
+        value_name = "MODE",
+        default_value = "writeback"
+    )]
     cache: String,
     /// Show progress
     #[arg(short, long)]

@@ -113,7 +113,10 @@ fn known(format: &str) -> Result<Format, String> {
 /// Reads the size of an image.
 pub(crate) fn parse_size(text: &str) -> Outcome<u64> {
     const RANGE: &str = "Invalid image size specified. Must be between 0 and 9223372036854775807.";
-    if text.strip_prefix('-').is_some_and(|rest| size::parse(rest).is_ok()) {
+    if text
+        .strip_prefix('-')
+        .is_some_and(|rest| size::parse(rest).is_ok())
+    {
         return Err(Failure::new(RANGE));
     }
     match size::parse(text) {

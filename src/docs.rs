@@ -30,7 +30,8 @@ pub(crate) fn completions(shell: Shell) {
 pub(crate) fn man(args: &ManArgs) -> Outcome {
     let mut command = app::platter_command();
     command.build();
-    let failed = |path: &Path, error: &std::io::Error| Failure::new(format!("{}: {error}", path.display()));
+    let failed =
+        |path: &Path, error: &std::io::Error| Failure::new(format!("{}: {error}", path.display()));
     std::fs::create_dir_all(&args.folder).map_err(|error| failed(&args.folder, &error))?;
     let mut pages = 0;
     let mut open = vec![("platter".to_owned(), command)];
@@ -40,7 +41,10 @@ pub(crate) fn man(args: &ManArgs) -> Outcome {
             .and_then(|page| std::fs::write(&path, page))
             .map_err(|error| failed(&path, &error))?;
         pages += 1;
-        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        for sub in command
+            .get_subcommands()
+            .filter(|sub| sub.get_name() != "help")
+        {
             open.push((format!("{name}-{}", sub.get_name()), sub.clone()));
         }
     }

@@ -97,7 +97,11 @@ fn describe(disk: &dyn DiskFile) -> Value {
     let info = disk.info();
     let name = disk.path().display().to_string();
     let (length, used) = host_file(disk.path());
-    let length = if disk.format() == Format::Raw { disk.size() } else { length };
+    let length = if disk.format() == Format::Raw {
+        disk.size()
+    } else {
+        length
+    };
     let mut map = Map::new();
     map.insert(
         "children".into(),
@@ -191,10 +195,21 @@ fn print(disk: &dyn DiskFile) {
     snapshots::print(&info.snapshots);
     print_specific(&info, 0);
     let (length, used) = host_file(disk.path());
-    let length = if disk.format() == Format::Raw { size } else { length };
+    let length = if disk.format() == Format::Raw {
+        size
+    } else {
+        length
+    };
     say!("Child node '/file':");
     say!("    filename: {name}");
-    say!("    protocol type: {}", if used.is_some() { "file" } else { "host_device" });
+    say!(
+        "    protocol type: {}",
+        if used.is_some() {
+            "file"
+        } else {
+            "host_device"
+        }
+    );
     say!("    file length: {} ({length} bytes)", size::human(length));
     if let Some(used) = used {
         say!("    disk size: {}", size::human(used));
@@ -220,7 +235,12 @@ pub(crate) fn print_specific(info: &ImageInfo, indent: usize) {
         "encrypt",
         "extended-l2",
     ];
-    let rank = |key: &str| order.iter().position(|name| *name == key).unwrap_or(order.len());
+    let rank = |key: &str| {
+        order
+            .iter()
+            .position(|name| *name == key)
+            .unwrap_or(order.len())
+    };
     let mut list: Vec<_> = info.format_specific.iter().collect();
     list.sort_by_key(|(key, _)| rank(key));
     for (key, value) in list {

@@ -62,7 +62,8 @@ pub(crate) fn run(args: &MapArgs, persona: Persona) -> Outcome {
     };
     let number = |text: &Option<String>, what: &str| -> Outcome<Option<u64>> {
         let read = |text: &String| {
-            size::parse(text).map_err(|_| Failure::new(format!("Invalid {what} specified: '{text}'.")))
+            size::parse(text)
+                .map_err(|_| Failure::new(format!("Invalid {what} specified: '{text}'.")))
         };
         text.as_ref().map(read).transpose()
     };
@@ -145,7 +146,13 @@ fn continues(run: &BlockStatus, next: &BlockStatus) -> bool {
     };
     place
         && (run.depth, run.present, run.zero, run.data, run.compressed)
-            == (next.depth, next.present, next.zero, next.data, next.compressed)
+            == (
+                next.depth,
+                next.present,
+                next.zero,
+                next.data,
+                next.compressed,
+            )
 }
 
 fn json_line(run: &Run) -> String {
@@ -156,7 +163,13 @@ fn json_line(run: &Run) -> String {
         .unwrap_or_default();
     format!(
         "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \"compressed\": {}{offset}}}",
-        run.start, status.len, status.depth, status.present, status.zero, status.data, status.compressed
+        run.start,
+        status.len,
+        status.depth,
+        status.present,
+        status.zero,
+        status.data,
+        status.compressed
     )
 }
 

@@ -51,7 +51,10 @@ pub(crate) struct ResizeArgs {
 /// Runs the command.
 pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
     let [file, text] = args.names.as_slice() else {
-        return Err(Failure::usage("resize", "Expecting image file name and size"));
+        return Err(Failure::usage(
+            "resize",
+            "Expecting image file name and size",
+        ));
     };
     if args.preallocation != "off" {
         let mode = &args.preallocation;
@@ -87,8 +90,10 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
              Before performing such an operation, make sure there is no important data there.",
         ));
     }
-    disk.resize(wanted).map_err(|error| Failure::new(error.message()))?;
-    disk.close().map_err(|error| Failure::new(error.to_string()))?;
+    disk.resize(wanted)
+        .map_err(|error| Failure::new(error.message()))?;
+    disk.close()
+        .map_err(|error| Failure::new(error.to_string()))?;
     if !args.quiet {
         say!("Image resized.");
     }

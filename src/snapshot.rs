@@ -65,7 +65,10 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
         args.delete.is_some(),
     ];
     if actions.iter().filter(|given| **given).count() > 1 {
-        return Err(Failure::usage("snapshot", "Cannot mix '-l', '-a', '-c', '-d'"));
+        return Err(Failure::usage(
+            "snapshot",
+            "Cannot mix '-l', '-a', '-c', '-d'",
+        ));
     }
     let [file] = args.files.as_slice() else {
         return Err(Failure::usage("snapshot", "Expecting one image file name"));
@@ -104,7 +107,8 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
     } else if !args.quiet {
         snapshots::print(&disk.info().snapshots);
     }
-    disk.close().map_err(|error| Failure::new(error.to_string()))?;
+    disk.close()
+        .map_err(|error| Failure::new(error.to_string()))?;
     Ok(0)
 }
 

@@ -92,7 +92,9 @@ fn one(job: &Job, source: &dyn DiskFile, run: &Run, buf: &mut [u8]) -> Outcome<(
             if let Err(error) = source.read_at(buf, run.offset) {
                 if !job.salvage {
                     let at = run.offset;
-                    return Err(Failure::new(format!("error while reading at byte {at}: {error}")));
+                    return Err(Failure::new(format!(
+                        "error while reading at byte {at}: {error}"
+                    )));
                 }
                 buf.fill(0);
             }

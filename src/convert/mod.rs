@@ -124,7 +124,6 @@ pub(crate) struct Job {
     /// The sources, with the offset of each in the target.
     sources: Vec<(u64, Box<dyn AsyncDiskFile>)>,
     target: Box<dyn AsyncDiskFile>,
-    size: u64,
     /// What is not written to reads as zeroes.
     target_is_zero: bool,
     /// What the source itself does not hold is left to the target's backing file.
@@ -168,19 +167,33 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
         options.take("backing_fmt");
         options.push("backing_fmt", format);
     }
-    let backing = options.get("backing_file").is_some_and(|name| !name.is_empty());
+    let backing = options
+        .get("backing_file")
+        .is_some_and(|name| !name.is_empty());
     if backing && options.get("backing_fmt").is_none() {
-        return Err(Failure::new("Use of backing file requires explicit backing format"));
+        return Err(Failure::new(
+            "Use of backing file requires explicit backing format",
+        ));
     }
     if args.compress && target_format != Format::Qcow2 && !args.no_create {
-        return Err(Failure::new("Compression not supported for this file format"));
+        return Err(Failure::new(
+            "Compression not supported for this file format",
+        ));
     }
     let made = if args.no_create {
         None
     } else {
         Some(make(target, target_format, options, total, persona)?)
     };
-    let result = fill(args, sources, target, target_format, made.as_ref(), backing, persona);
+    let result = fill(
+        args,
+        sources,
+        target,
+        target_format,
+        made.as_ref(),
+        backing,
+        persona,
+    );
     if let (Err(_), Some(Made { path, new: true })) = (&result, &made) {
         // What failed matters, not that its remains could not be removed.
         let _ = std::fs::remove_file(path);
@@ -233,7 +246,9 @@ fn open_sources(
         ..OpenHow::reading()
     };
     if args.snapshot.is_some() && names.len() > 1 {
-        return Err(Failure::new("No support for concatenating multiple snapshot"));
+        return Err(Failure::new(
+            "No support for concatenating multiple snapshot",
+        ));
     }
     let mut list = Vec::new();
     let mut start = 0;
@@ -294,7 +309,10 @@ fn make(
     Ok(Made { path, new })
 }
 
-#[allow(clippy::too_many_arguments, reason = "the parts of one command, in order")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "the parts of one command, in order"
+)]
 fn fill(
     args: &ConvertArgs,
     sources: Vec<(u64, Box<dyn AsyncDiskFile>)>,
@@ -322,26 +340,34 @@ fn fill(
     let disk = open::open_quietly(&spec, &how, persona)
         .map_err(|text| could_not_open(&spec.display().to_string(), &text, persona))?;
     if args.compress && disk.format() != Format::Qcow2 {
-        return Err(Failure::new("Compression not supported for this file format"));
+        return Err(Failure::new(
+            "Compression not supported for this file format",
+        ));
     }
-    let size = sources.last().map_or(0, |(start, disk)| start + disk.size());
+    let size = sources
+        .last()
+        .map_or(0, |(start, disk)| start + disk.size());
     if disk.size() < size {
         return Err(Failure::new("output file is smaller than input file"));
     }
-    let sparse = size::parse(&args.sparse_size).ok().filter(|s| s.is_multiple_of(512));
+    let sparse = size::parse(&args.sparse_size)
+        .ok()
+        .filter(|s| s.is_multiple_of(512));
     let sparse = sparse.ok_or_else(|| {
         let text = &args.sparse_size;
-        Failure::new(format!("Invalid buffer size for sparse output specified: '{text}'."))
+        Failure::new(format!(
+            "Invalid buffer size for sparse output specified: '{text}'."
+        ))
     })?;
     let rate = match &args.rate_limit {
-        Some(text) => Some(parse_size(text).map_err(|_| {
-            Failure::new(format!("Invalid rate limit specified: '{text}'."))
-        })?),
+        Some(text) => Some(
+            parse_size(text)
+                .map_err(|_| Failure::new(format!("Invalid rate limit specified: '{text}'.")))?,
+        ),
         None => None,
     };
     let job = Job {
         sources,
-        size,
         target_is_zero: args.target_is_zero || (made.is_some() && !backing && is_file(&spec)),
         target_has_backing: backing,
         sparse,

@@ -68,7 +68,9 @@ fn scan_one(
     let mut at = 0;
     while at < size {
         let status = scanned.disk.block_status(at, size - at).map_err(|error| {
-            Failure::new(format!("error while reading block status at offset {at}: {error}"))
+            Failure::new(format!(
+                "error while reading block status at offset {at}: {error}"
+            ))
         })?;
         let len = status.len.clamp(1, size - at);
         let kind = if target_has_backing && !(status.present && status.depth == 0) {
@@ -107,8 +109,16 @@ fn shape(kind: Kind, target: u64, len: u64, left: u64, unit: u64, chunk: u64) ->
     }
     // A unit that is not all alike is data; so that most chunks are aligned, none crosses a multiple
     // of the chunk size.
-    let end = if kind == Kind::Data { len.max(to_boundary) } else { to_boundary };
-    let end = if end < left { (target + end).next_multiple_of(unit) - target } else { end };
+    let end = if kind == Kind::Data {
+        len.max(to_boundary)
+    } else {
+        to_boundary
+    };
+    let end = if end < left {
+        (target + end).next_multiple_of(unit) - target
+    } else {
+        end
+    };
     (Kind::Data, end.min(left).min(chunk - target % chunk))
 }
 
@@ -119,16 +129,43 @@ mod tests {
     #[test]
     fn runs_end_at_units() {
         // Data stretches to the end of its unit and to the next chunk.
-        assert_eq!(shape(Kind::Data, 0, 100, 1 << 20, 4096, 65536), (Kind::Data, 4096));
-        assert_eq!(shape(Kind::Data, 0, 1 << 20, 1 << 20, 4096, 65536), (Kind::Data, 65536));
-        assert_eq!(shape(Kind::Data, 4096, 5000, 1 << 20, 4096, 65536), (Kind::Data, 8192));
-        assert_eq!(shape(Kind::Data, 61440, 1 << 20, 1 << 20, 4096, 65536), (Kind::Data, 4096));
+        assert_eq!(
+            shape(Kind::Data, 0, 100, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
+        assert_eq!(
+            shape(Kind::Data, 0, 1 << 20, 1 << 20, 4096, 65536),
+            (Kind::Data, 65536)
+        );
+        assert_eq!(
+            shape(Kind::Data, 4096, 5000, 1 << 20, 4096, 65536),
+            (Kind::Data, 8192)
+        );
+        assert_eq!(
+            shape(Kind::Data, 61440, 1 << 20, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
         // Zeroes shrink to whole units; a part of one is data.
-        assert_eq!(shape(Kind::Zero, 0, 10000, 1 << 20, 4096, 65536), (Kind::Zero, 8192));
-        assert_eq!(shape(Kind::Zero, 0, 100, 1 << 20, 4096, 65536), (Kind::Data, 4096));
-        assert_eq!(shape(Kind::Skip, 512, 1 << 16, 1 << 20, 4096, 65536), (Kind::Data, 3584));
+        assert_eq!(
+            shape(Kind::Zero, 0, 10000, 1 << 20, 4096, 65536),
+            (Kind::Zero, 8192)
+        );
+        assert_eq!(
+            shape(Kind::Zero, 0, 100, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
+        assert_eq!(
+            shape(Kind::Skip, 512, 1 << 16, 1 << 20, 4096, 65536),
+            (Kind::Data, 3584)
+        );
         // The end of the source ends everything.
-        assert_eq!(shape(Kind::Zero, 0, 100, 100, 4096, 65536), (Kind::Zero, 100));
-        assert_eq!(shape(Kind::Data, 4096, 100, 100, 4096, 65536), (Kind::Data, 100));
+        assert_eq!(
+            shape(Kind::Zero, 0, 100, 100, 4096, 65536),
+            (Kind::Zero, 100)
+        );
+        assert_eq!(
+            shape(Kind::Data, 4096, 100, 100, 4096, 65536),
+            (Kind::Data, 100)
+        );
     }
 }

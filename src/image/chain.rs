@@ -1,6 +1,9 @@
 //! The backing chain by name, without opening what the files hold.
 
-use std::{collections::HashSet, path::{Path, PathBuf}};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 use block::{AsyncDiskFile, Format};
 

@@ -238,9 +238,9 @@ fn backing_size(
     }
     let below = |text: String| Failure::new(format!("{text}\nCould not open backing image."));
     let named = match format {
-        Some(name) => Some(
-            Format::from_name(name).ok_or_else(|| below(format!("Unknown driver '{name}'")))?,
-        ),
+        Some(name) => {
+            Some(Format::from_name(name).ok_or_else(|| below(format!("Unknown driver '{name}'")))?)
+        }
         None => None,
     };
     let spec = ImageSpec::plain(path, named);
@@ -261,11 +261,6 @@ fn backing_size(
 }
 
 impl Plan {
-    /// The size of the disk.
-    pub(crate) fn size(&self) -> u64 {
-        self.qcow2.size
-    }
-
     /// The line that `create` prints.
     pub(crate) fn announcement(&self, name: &str) -> String {
         let mut line = format!("Formatting '{name}', fmt={}", self.format);
@@ -292,7 +287,10 @@ impl Plan {
         }
         if is_qcow2 {
             let lazy = if qcow2.lazy_refcounts { "on" } else { "off" };
-            line += &format!(" lazy_refcounts={lazy} refcount_bits={}", qcow2.refcount_bits);
+            line += &format!(
+                " lazy_refcounts={lazy} refcount_bits={}",
+                qcow2.refcount_bits
+            );
         } else if let Some(mode) = &self.preallocation {
             line += &format!(" preallocation={mode}");
         }
@@ -390,7 +388,10 @@ impl Plan {
             return refuse("Backing format cannot be used without backing file");
         }
         if qcow2.backing_file.is_some()
-            && !matches!(qcow2.preallocation, Preallocation::Off | Preallocation::Metadata)
+            && !matches!(
+                qcow2.preallocation,
+                Preallocation::Off | Preallocation::Metadata
+            )
         {
             return refuse(
                 "Backing file and preallocation can only be used at the same time if extended_l2 \

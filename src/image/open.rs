@@ -9,6 +9,7 @@ use block::{
 use clap::Args;
 
 use crate::{
+    grumble,
     image::{
         qcow2_options::CacheOptions,
         spec::{ImageSpec, could_not_open, named_format},
@@ -46,6 +47,8 @@ pub(crate) struct OpenHow {
     pub(crate) repair: bool,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
+    /// Open files that the image names only if its own format was named.
+    pub(crate) named_files_need_format: bool,
 }
 
 impl OpenHow {
@@ -71,8 +74,7 @@ pub(crate) struct ShareArgs {
 
 /// Reads the value of a `-t`/`-T`/`--cache` option.
 pub(crate) fn cache_mode(name: &str) -> Outcome<CacheMode> {
-    CacheMode::from_name(name)
-        .ok_or_else(|| Failure::new(format!("Invalid cache option: {name}")))
+    CacheMode::from_name(name).ok_or_else(|| Failure::new(format!("Invalid cache option: {name}")))
 }
 
 /// Opens an image.
@@ -84,11 +86,11 @@ pub(crate) fn open(
     open_quietly(spec, how, persona)
         .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
         .map_err(|failure| match persona {
-            Persona::QemuIo => Failure::new(
-                failure
-                    .to_string()
-                    .replacen("can't open: ", &format!("can't open device {}: ", spec.display()), 1),
-            ),
+            Persona::QemuIo => Failure::new(failure.to_string().replacen(
+                "can't open: ",
+                &format!("can't open device {}: ", spec.display()),
+                1,
+            )),
             _ => failure,
         })
 }
@@ -106,7 +108,9 @@ pub(crate) fn open_quietly(
     apply(&mut options, &mut how, &mut locking)?;
     if let Some(key) = options.first_key() {
         let format = spec.format.map_or("image", Format::name);
-        return Err(format!("Block format '{format}' does not support the option '{key}'"));
+        return Err(format!(
+            "Block format '{format}' does not support the option '{key}'"
+        ));
     }
     let mut open = OpenOptions::new()
         .read_only(how.read_only)
@@ -124,6 +128,8 @@ pub(crate) fn open_quietly(
     }
     if let Some(format) = spec.format {
         open = open.format(format);
+    } else if how.named_files_need_format {
+        open = open.gate(FileGate::Nothing);
     }
     if let Some(engine) = how.engine {
         open = open.engine(engine);
@@ -175,7 +181,11 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     ] {
         switch(key)?;
     }
-    for key in ["overlap-check", "overlap-check.template", "cache-clean-interval"] {
+    for key in [
+        "overlap-check",
+        "overlap-check.template",
+        "cache-clean-interval",
+    ] {
         options.take(key);
     }
     if let Some(mode) = options.take("file.locking") {
@@ -183,7 +193,11 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
             "auto" => Locking::Auto,
             "on" => Locking::On,
             "off" => Locking::Off,
-            mode => return Err(format!("Parameter 'locking' does not accept value '{mode}'")),
+            mode => {
+                return Err(format!(
+                    "Parameter 'locking' does not accept value '{mode}'"
+                ));
+            }
         };
     }
     if let Some(aio) = options.take("file.aio") {
@@ -199,11 +213,16 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
             "on" => DetectZeroes::On,
             "unmap" => DetectZeroes::Unmap,
             mode => {
-                return Err(format!("Parameter 'detect-zeroes' does not accept value '{mode}'"));
+                return Err(format!(
+                    "Parameter 'detect-zeroes' does not accept value '{mode}'"
+                ));
             }
         };
     }
-    let backing = (options.take("backing.driver"), options.take("backing.file.filename"));
+    let backing = (
+        options.take("backing.driver"),
+        options.take("backing.file.filename"),
+    );
     options.take("backing.file.driver");
     if let (driver, Some(path)) = backing {
         let format = driver.map(|driver| named_format(&driver)).transpose()?;
@@ -266,7 +285,10 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
         return if host {
             format!("Could not open backing file: {text}")
         } else {
-            format!("Could not open backing file: Could not open '{}': {text}", file.display())
+            format!(
+                "Could not open backing file: Could not open '{}': {text}",
+                file.display()
+            )
         };
     }
     text

@@ -31,14 +31,16 @@ pub(crate) fn open(
         size: base.size(),
         ..Qcow2Create::default()
     };
-    base.close().map_err(|error| Failure::new(error.to_string()))?;
+    base.close()
+        .map_err(|error| Failure::new(error.to_string()))?;
     // Not in /tmp, which is often memory.
     let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
     let file = tempfile::Builder::new()
         .prefix("platter-overlay-")
         .tempfile_in(&folder)
         .map_err(|error| {
-            Failure::new(format!("{}: {error}", folder.to_string_lossy())).context("temporary overlay")
+            Failure::new(format!("{}: {error}", folder.to_string_lossy()))
+                .context("temporary overlay")
         })?;
     maintenance::create_qcow2(file.path(), &create)
         .map_err(|error| Failure::new(error.to_string()))?;
@@ -47,5 +49,9 @@ pub(crate) fn open(
         backing: Some(ImageSpec::plain(&spec.path, Some(format))),
         ..how.clone()
     };
-    open::open(&ImageSpec::plain(file.path(), Some(Format::Qcow2)), &how, persona)
+    open::open(
+        &ImageSpec::plain(file.path(), Some(Format::Qcow2)),
+        &how,
+        persona,
+    )
 }

@@ -1,9 +1,6 @@
 //! Runtime options of qcow2 images (`-o`, `--image-opts`) that size its caches.
 
-use crate::util::{
-    keyval::KeyVals,
-    size,
-};
+use crate::util::{keyval::KeyVals, size};
 
 /// What the options ask for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,9 +44,10 @@ impl CacheOptions {
         let bytes = match (all, l2, refcount) {
             (Some(all), _, _) => Some(all),
             (None, None, None) => None,
-            (None, l2, refcount) => {
-                Some(l2.unwrap_or(1 << 20).saturating_add(refcount.unwrap_or(1 << 18)))
-            }
+            (None, l2, refcount) => Some(
+                l2.unwrap_or(1 << 20)
+                    .saturating_add(refcount.unwrap_or(1 << 18)),
+            ),
         };
         Ok(Self { bytes, entry })
     }
@@ -96,7 +94,13 @@ mod tests {
 
     #[test]
     fn a_piece_is_a_power_of_two_within_a_cluster() {
-        for (entry, good) in [("512", true), ("64k", true), ("256", false), ("4242", false), ("128k", false)] {
+        for (entry, good) in [
+            ("512", true),
+            ("64k", true),
+            ("256", false),
+            ("4242", false),
+            ("128k", false),
+        ] {
             let options = take(&format!("l2-cache-entry-size={entry}")).expect("a size");
             assert_eq!(options.check(65536).is_ok(), good, "{entry}");
         }

@@ -238,7 +238,11 @@ mod tests {
         assert_eq!(spec.path, Path::new("a\"b"));
         assert_eq!(spec.format, Some(Format::Qcow2));
         let error = qemu("json:{\"driver\":\"qcow2\"}").expect_err("no file");
-        assert!(error.to_string().ends_with("must be specified for \"file\""));
+        assert!(
+            error
+                .to_string()
+                .ends_with("must be specified for \"file\"")
+        );
     }
 
     #[test]

@@ -51,10 +51,16 @@ pub(super) fn truncate(
 
 /// A run of the image and whether this image, not one below it, holds it.
 fn allocated(disk: &dyn DiskFile, offset: u64, len: u64) -> Result<(u64, bool), Said> {
-    let status = disk
-        .block_status(offset, len)
-        .map_err(|error| Said::Text(format!("is_allocated failed: {}", errno::request_text(error.kind()))))?;
-    Ok((status.len.clamp(1, len), status.present && status.depth == 0))
+    let status = disk.block_status(offset, len).map_err(|error| {
+        Said::Text(format!(
+            "is_allocated failed: {}",
+            errno::request_text(error.kind())
+        ))
+    })?;
+    Ok((
+        status.len.clamp(1, len),
+        status.present && status.depth == 0,
+    ))
 }
 
 /// `alloc`.
@@ -209,7 +215,9 @@ pub(super) fn open_image(
     args: &Parsed,
 ) -> Result<(), Said> {
     if session.opened.is_some() {
-        return Err(Said::OfProgram("file open already, try 'help close'".into()));
+        return Err(Said::OfProgram(
+            "file open already, try 'help close'".into(),
+        ));
     }
     let mut how = session.how.clone();
     how.read_only |= args.has('r');
@@ -228,7 +236,8 @@ pub(super) fn open_image(
     }
     if let Some(name) = args.value('d') {
         let policy = open::discard_policy(name);
-        let policy = policy.ok_or_else(|| Said::OfProgram(format!("Invalid discard option: {name}")))?;
+        let policy =
+            policy.ok_or_else(|| Said::OfProgram(format!("Invalid discard option: {name}")))?;
         how.discard = Some(policy);
     }
     if args.has('C') {
@@ -244,9 +253,7 @@ pub(super) fn open_image(
         _ => return Err(Said::Usage(command)),
     };
     let spec = spec.map_err(fail)?;
-    session
-        .open(spec, how, args.has('s'))
-        .map_err(fail)
+    session.open(spec, how, args.has('s')).map_err(fail)
 }
 
 /// `reopen`.

@@ -173,7 +173,10 @@ pub(crate) fn parse_args(command: &Command, args: &[&str]) -> Result<Parsed, Str
             let attached = &letters[at + letter.len_utf8()..];
             let value = if attached.is_empty() {
                 args.next().copied().ok_or_else(|| {
-                    format!("{}: option requires an argument -- '{letter}'", command.name)
+                    format!(
+                        "{}: option requires an argument -- '{letter}'",
+                        command.name
+                    )
                 })?
             } else {
                 attached
@@ -239,20 +242,33 @@ mod tests {
         assert_eq!(parsed.value('P'), Some("0xa"));
         assert_eq!(parsed.operands, ["0", "64k"]);
         let parsed = parse("read -P5 -s1k -l 2k 0 4k").expect("parses");
-        assert_eq!((parsed.value('s'), parsed.value('l')), (Some("1k"), Some("2k")));
+        assert_eq!(
+            (parsed.value('s'), parsed.value('l')),
+            (Some("1k"), Some("2k"))
+        );
         assert_eq!(parse("read 0 -- -5").expect("parses").operands, ["0", "-5"]);
     }
 
     #[test]
     fn mistakes_are_named() {
-        assert_eq!(parse("read -Z 0 1").unwrap_err(), "read: invalid option -- 'Z'");
+        assert_eq!(
+            parse("read -Z 0 1").unwrap_err(),
+            "read: invalid option -- 'Z'"
+        );
         assert_eq!(
             parse("read 0 1 -P").unwrap_err(),
             "read: option requires an argument -- 'P'"
         );
         assert!(pattern("300").is_err() && pattern("zz").is_err());
-        assert_eq!((pattern("0xcd"), pattern("010"), pattern("0")), (Ok(205), Ok(8), Ok(0)));
-        assert!(length("3G").unwrap_err().starts_with("length cannot exceed 2147483136, given 3G"));
+        assert_eq!(
+            (pattern("0xcd"), pattern("010"), pattern("0")),
+            (Ok(205), Ok(8), Ok(0))
+        );
+        assert!(
+            length("3G")
+                .unwrap_err()
+                .starts_with("length cannot exceed 2147483136, given 3G")
+        );
         assert!(number("9E").unwrap_err().contains("too large"));
     }
 

@@ -50,7 +50,12 @@ OPTIONS WITHOUT EFFECT
   compatibility and change nothing.")]
 pub(crate) struct IoArgs {
     /// A command; may be given several times. Without it commands come from standard input
-    #[arg(short, long = "cmd", value_name = "COMMAND", allow_hyphen_values = true)]
+    #[arg(
+        short,
+        long = "cmd",
+        value_name = "COMMAND",
+        allow_hyphen_values = true
+    )]
     command: Vec<String>,
     /// The format of the image; detected otherwise
     #[arg(short, long, value_name = "FMT")]
@@ -204,7 +209,14 @@ impl Session {
     fn interact(&mut self) -> bool {
         let stdin = std::io::stdin();
         let prompting = self.persona.is_qemu() || stdin.is_terminal();
-        let prompt = format!("{}> ", if self.persona.is_qemu() { "qemu-io" } else { "platter" });
+        let prompt = format!(
+            "{}> ",
+            if self.persona.is_qemu() {
+                "qemu-io"
+            } else {
+                "platter"
+            }
+        );
         let mut failed = false;
         let mut line = String::new();
         while !self.done {

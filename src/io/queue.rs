@@ -161,7 +161,10 @@ fn finish(pending: &Pending, result: Result<(), ErrorKind>, data: Option<&[u8]>)
     }
     let time = pending.started.elapsed();
     let data = data.unwrap_or_default();
-    if pending.pattern.is_some_and(|pattern| !bytes::all_equal(data, pattern)) {
+    if pending
+        .pattern
+        .is_some_and(|pattern| !bytes::all_equal(data, pattern))
+    {
         say!(
             "Pattern verification failed at offset {}, {} bytes",
             pending.offset,
@@ -172,8 +175,14 @@ fn finish(pending: &Pending, result: Result<(), ErrorKind>, data: Option<&[u8]>)
         return;
     }
     if pending.style.dump {
-        say!("{}", report::dump(data, pending.offset).trim_end_matches('\n'));
+        say!(
+            "{}",
+            report::dump(data, pending.offset).trim_end_matches('\n')
+        );
     }
     let (offset, len) = (pending.offset, pending.len);
-    say!("{}", report::lines(pending.verb, pending.style, offset, len, len, 1, time));
+    say!(
+        "{}",
+        report::lines(pending.verb, pending.style, offset, len, len, 1, time)
+    );
 }

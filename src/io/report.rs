@@ -91,7 +91,15 @@ mod tests {
             ..Style::default()
         };
         assert_eq!(
-            lines("read", machine, 0, 4096, 4096, 1, Duration::from_millis(500)),
+            lines(
+                "read",
+                machine,
+                0,
+                4096,
+                4096,
+                1,
+                Duration::from_millis(500)
+            ),
             "4096,1,0:00:00.50,8192.000,2.000"
         );
     }

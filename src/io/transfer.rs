@@ -158,7 +158,10 @@ pub(super) fn read(
         if style.dump {
             say!("{}", report::dump(data, offset).trim_end_matches('\n'));
         }
-        say!("{}", report::lines("read", style, offset, len, len, 1, time));
+        say!(
+            "{}",
+            report::lines("read", style, offset, len, len, 1, time)
+        );
     }
     if wrong { Err(Said::Already) } else { Ok(()) }
 }
@@ -186,7 +189,12 @@ pub(super) fn write(
     if args.has('u') && !zero {
         return refuse("-u requires -z to be specified");
     }
-    if [zero, args.has('P'), args.has('s')].iter().filter(|x| **x).count() > 1 {
+    if [zero, args.has('P'), args.has('s')]
+        .iter()
+        .filter(|x| **x)
+        .count()
+        > 1
+    {
         return refuse("Only one of -z, -P, and -s can be specified at the same time");
     }
     let fill = pattern(args)?;
@@ -240,7 +248,10 @@ pub(super) fn write(
         )));
     }
     if !style.quiet {
-        say!("{}", report::lines("wrote", style, offset, len, len, 1, time));
+        say!(
+            "{}",
+            report::lines("wrote", style, offset, len, len, 1, time)
+        );
     }
     Ok(())
 }
@@ -308,7 +319,10 @@ pub(super) fn discard(
     }
     let style = style(args);
     if !style.quiet {
-        say!("{}", report::lines("discard", style, offset, len, len, 1, time));
+        say!(
+            "{}",
+            report::lines("discard", style, offset, len, len, 1, time)
+        );
     }
     Ok(())
 }
@@ -392,7 +406,9 @@ pub(super) fn aio_write(
 /// `-i` exists to be counted by a device's statistics, which there are none of here.
 fn refuse_invalid(args: &Parsed) -> Result<(), Said> {
     if args.has('i') {
-        return Err(Said::Text("-i is not supported: there are no device statistics".into()));
+        return Err(Said::Text(
+            "-i is not supported: there are no device statistics".into(),
+        ));
     }
     Ok(())
 }

@@ -10,7 +10,11 @@ pub(crate) fn all_equal(bytes: &[u8], value: u8) -> bool {
     // Blocks without a branch inside are what the compiler turns into vector code.
     let mut blocks = bytes.chunks_exact(128);
     blocks.all(|block| block.iter().fold(0, |seen, byte| seen | (byte ^ value)) == 0)
-        && bytes.chunks_exact(128).remainder().iter().all(|byte| *byte == value)
+        && bytes
+            .chunks_exact(128)
+            .remainder()
+            .iter()
+            .all(|byte| *byte == value)
 }
 
 /// The length of the run at the start of `bytes` that is, in units of `unit` bytes, zero

@@ -26,15 +26,6 @@ impl Failure {
         }
     }
 
-    /// A failure that was reported already.
-    pub(crate) fn silent(status: u8) -> Self {
-        Self {
-            message: None,
-            see_help_of: None,
-            status,
-        }
-    }
-
     /// A mistake in the arguments of `command`.
     pub(crate) fn usage(command: &'static str, message: impl Into<String>) -> Self {
         Self {

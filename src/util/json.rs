@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
+use crate::say;
+
 /// Prints a value to standard output, with a newline.
 pub(crate) fn print<T: Serialize>(value: &T) {
     say!("{}", to_string(value));

@@ -4,7 +4,7 @@ use std::{ffi::OsStr, path::Path};
 
 use block::io::EngineKind;
 
-use crate::util::failure::Failure;
+use crate::{grumble, util::failure::Failure};
 
 /// The program that is being played.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

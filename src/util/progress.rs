@@ -4,7 +4,7 @@ use std::{cell::Cell, io::Write, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::util::persona::Persona;
+use crate::{say, util::persona::Persona};
 
 /// Shows how far a command got.
 pub(crate) enum Progress {
@@ -74,13 +74,17 @@ impl Progress {
             Progress::Bar(bar) => bar.finish(),
             Progress::Percent { .. } => {
                 self.percent(10_000);
-                say!();
+                say!("");
             }
         }
     }
 
     fn percent(&self, hundredths: u64) {
-        print!("    ({}.{:02}/100%)\r", hundredths / 100, hundredths % 100);
+        crate::util::out::print(format_args!(
+            "    ({}.{:02}/100%)\r",
+            hundredths / 100,
+            hundredths % 100
+        ));
         // A closed standard output must not end the work.
         let _ = std::io::stdout().flush();
     }

@@ -162,7 +162,9 @@ mod tests {
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text}");
         }
-        for text in ["", "k", "x", "10X", "1kk", "1.5", "-1", "1 k", ".", "0x", "4kB"] {
+        for text in [
+            "", "k", "x", "10X", "1kk", "1.5", "-1", "1 k", ".", "0x", "4kB",
+        ] {
             assert_eq!(parse(text), Err(SizeError::NotANumber), "{text}");
         }
         for text in ["16E", "18446744073709551616", "99999999999E"] {

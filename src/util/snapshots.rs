@@ -3,7 +3,7 @@
 use block::image::SnapshotInfo;
 use chrono::{DateTime, Local, Utc};
 
-use crate::util::size;
+use crate::{say, util::size};
 
 /// Prints the list; nothing when there are no snapshots.
 pub(crate) fn print(snapshots: &[SnapshotInfo]) {
@@ -19,7 +19,11 @@ pub(crate) fn print(snapshots: &[SnapshotInfo]) {
 
 fn line(snapshot: &SnapshotInfo) -> String {
     let date = DateTime::<Utc>::from_timestamp(i64::from(snapshot.date_sec), 0)
-        .map(|date| date.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S").to_string())
+        .map(|date| {
+            date.with_timezone(&Local)
+                .format("%Y-%m-%d %H:%M:%S")
+                .to_string()
+        })
         .unwrap_or_default();
     let seconds = snapshot.vm_clock_nsec / 1_000_000_000;
     let clock = format!(
