@@ -152,7 +152,10 @@ mod tests {
     use super::*;
 
     fn sample() -> Vec<u8> {
-        (0..65536u32).flat_map(|n| (n / 7).to_le_bytes()).take(65536).collect()
+        (0..65536u32)
+            .flat_map(|n| (n / 7).to_le_bytes())
+            .take(65536)
+            .collect()
     }
 
     fn padded(mut stream: Vec<u8>) -> Vec<u8> {
@@ -184,11 +187,20 @@ mod tests {
         for inflater in INFLATERS {
             let mut out = vec![0; data.len()];
             let cut = inflater.inflate(&stream[..stream.len() / 2], &mut out);
-            assert_eq!(cut.unwrap_err().kind(), ErrorKind::Corrupt, "{}", inflater.name());
+            assert_eq!(
+                cut.unwrap_err().kind(),
+                ErrorKind::Corrupt,
+                "{}",
+                inflater.name()
+            );
             let garbage = inflater.inflate(&[0xff; 512], &mut out);
             assert!(garbage.is_err(), "{}", inflater.name());
             let mut longer = vec![0; data.len() + 1];
-            assert!(inflater.inflate(&stream, &mut longer).is_err(), "{}", inflater.name());
+            assert!(
+                inflater.inflate(&stream, &mut longer).is_err(),
+                "{}",
+                inflater.name()
+            );
         }
     }
 
@@ -207,7 +219,9 @@ mod tests {
     fn what_does_not_shrink_is_not_compressed() {
         let mut seed = 1u64;
         let noise: Vec<u8> = std::iter::repeat_with(|| {
-            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             (seed >> 56) as u8
         })
         .take(4096)

@@ -9,15 +9,19 @@ use std::{
 use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
-    formats::raw::{Raw, RawFile},
+    formats::{
+        qcow2::{Qcow2, Qcow2Options, header::Header},
+        raw::{Raw, RawFile},
+    },
     hooks::Hooks,
     image::Image,
     io::{
         Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, HostFile, Io, LockError,
         OsHost, Pool,
     },
-    options::{CacheMode, Locking},
+    options::{Backing, CacheMode, Locking},
     serve::{Policy, Served},
+    sync::LocalFuture,
 };
 
 /// The longest backing chain that opens.
@@ -214,8 +218,103 @@ impl Opener<'_> {
     async fn open_format(&self, id: FileId, format: Format, top: bool) -> Result<Arc<dyn Image>> {
         match format {
             Format::Raw => self.open_raw(id, top),
-            Format::Qcow2 => Err(Error::unsupported("format: qcow2 is not built yet")),
+            Format::Qcow2 => self.open_qcow2(id, top, Vec::new()).await,
         }
+    }
+
+    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, by
+    /// which a chain that names itself is recognised.
+    fn open_qcow2(
+        &self,
+        id: FileId,
+        top: bool,
+        mut above: Vec<(u64, u64)>,
+    ) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
+        Box::pin(async move {
+            let path = self.io.file_path(id);
+            let named = |error: Error| error.path(&path);
+            let writable = top && !self.options.read_only;
+            let header = Header::read(self.io, id).await?;
+            header.check_supported(writable).map_err(named)?;
+            above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
+            let backing = self.open_backing(&header, &path, top, above).await?;
+            let options = Qcow2Options {
+                writable,
+                metadata_cache_size: self.options.metadata_cache_size,
+            };
+            let image = Qcow2::open(self.io, id, header, backing, options)
+                .await
+                .map_err(named)?;
+            Ok(Arc::new(image) as Arc<dyn Image>)
+        })
+    }
+
+    async fn open_backing(
+        &self,
+        header: &Header,
+        path: &Path,
+        top: bool,
+        above: Vec<(u64, u64)>,
+    ) -> Result<Option<Arc<dyn Image>>> {
+        let host = &*self.io.core.host;
+        let options = self.options.file_options(false);
+        let (file, recorded) = match &self.options.backing {
+            Backing::None if top => return Ok(None),
+            Backing::Override(backing, format) if top => (host.open(backing, options)?, *format),
+            _ => {
+                let Some(name) = header.backing_file_name() else {
+                    return Ok(None);
+                };
+                let format = match header.backing_format() {
+                    Some(name) => Some(named_format(&name).map_err(|error| error.path(path))?),
+                    None => None,
+                };
+                let file = self
+                    .options
+                    .gate
+                    .open(host, path, &name, options)
+                    .map_err(|error| {
+                        Error::with_message(error.kind(), format!("backing file: {error}"))
+                            .path(path)
+                            .source(error)
+                    })?;
+                (file, format)
+            }
+        };
+        if above.len() >= MAX_CHAIN {
+            return Err(Error::invalid_image(format!(
+                "backing chain: more than {MAX_CHAIN} images"
+            ))
+            .path(path));
+        }
+        if file.identity().is_some_and(|file| above.contains(&file)) {
+            return Err(Error::invalid_image(format!(
+                "backing file: {} is already in the chain above",
+                file.path().display()
+            ))
+            .path(path));
+        }
+        self.options.lock(&file, false)?;
+        let id = self.io.core.add_file(file, FileRole::Clusters);
+        let format = match recorded {
+            Some(format) => format,
+            // An unrecorded format could be anything that a guest wrote: raw, unless allowed.
+            None if self.options.allow_probed_backing => match self.probe(id).await? {
+                None => Format::Raw,
+                Some(Recognised::Known(format)) => format,
+                Some(Recognised::Foreign(name)) => {
+                    return Err(Error::unsupported(format!(
+                        "backing file: {name} images are not supported"
+                    ))
+                    .path(path));
+                }
+            },
+            None => Format::Raw,
+        };
+        Ok(Some(match format {
+            Format::Raw => self.open_raw(id, false)?,
+            Format::Qcow2 => self.open_qcow2(id, false, above).await?,
+        }))
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {
@@ -235,4 +334,14 @@ impl Opener<'_> {
         })??;
         Ok(Arc::new(Raw::new(file)))
     }
+}
+
+/// The format that a header names.
+fn named_format(name: &str) -> Result<Format> {
+    Format::from_name(name).ok_or_else(|| {
+        Error::unsupported(format!(
+            "backing file format: {name:?}, expected one of {}",
+            Format::ALL.map(Format::name).join(", ")
+        ))
+    })
 }

@@ -11,7 +11,7 @@ use block::{
         header::{Autoclear, CompressionType, CryptMethod, ExtensionType, Header, Incompatible},
     },
 };
-use qcow2_support::{FILE, assert_clean, open, qemu_create, qemu_io, run, temp_dir, tool};
+use qcow2_support::{assert_clean, header, on, qemu_create, qemu_io, temp_dir, tool};
 
 /// A valid version 3 header of a 64 MiB disk, as QEMU makes it.
 fn valid() -> Vec<u8> {
@@ -245,7 +245,7 @@ fn what_is_not_done_yet_refuses_by_name() {
         let data = dir.path().join("data");
         let options = options.replace("FILE", data.to_str().unwrap());
         let path = qemu_create(&dir, "x.qcow2", &options, "1M");
-        let header = run(Header::read(&open(&path), FILE)).unwrap();
+        let header = header(&path);
         for writable in [false, true] {
             let error = header.check_supported(writable).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported);
@@ -271,7 +271,7 @@ fn what_is_not_done_yet_refuses_by_name() {
             "1M",
         ],
     );
-    let header = run(Header::read(&open(&luks), FILE)).unwrap();
+    let header = header(&luks);
     assert_eq!(header.crypt_method, CryptMethod::Luks);
     assert!(header.crypto_header().is_some());
     assert!(
@@ -337,7 +337,7 @@ fn images_of_qemu_round_trip() {
             let options = options.trim_start_matches(',');
             let path = qemu_create(&dir, "x.qcow2", options, "10M");
             assert_round_trip(&path);
-            let header = run(Header::read(&open(&path), FILE)).unwrap();
+            let header = header(&path);
             assert_eq!(header.size, 10 << 20);
             assert_eq!(
                 header.backing_file_name().is_some(),
@@ -360,17 +360,17 @@ fn images_of_qemu_round_trip() {
         &["bitmap", "--add", path.to_str().unwrap(), "b0"],
     );
     assert_round_trip(&path);
-    let header = run(Header::read(&open(&path), FILE)).unwrap();
+    let header = header(&path);
     assert_eq!(header.bitmaps().unwrap().nb_bitmaps, 1);
     assert!(header.autoclear_features.contains(Autoclear::BITMAPS));
 }
 
 fn assert_round_trip(path: &std::path::Path) {
     let before = std::fs::read(path).unwrap();
-    let header = run(Header::read(&open(path), FILE)).unwrap();
+    let header = header(&path);
     let bytes = header.to_bytes().unwrap();
     assert_eq!(bytes, before[..bytes.len()]);
-    run(header.write(&open(path), FILE)).unwrap();
+    on(path, async |io, file| header.write(io, file).await).unwrap();
     assert!(std::fs::read(path).unwrap() == before, "{}", path.display());
 }
 
@@ -532,7 +532,7 @@ fn creating_over_old_bytes_leaves_none_of_them() {
             preallocation,
             ..CreateOptions::default()
         };
-        run(create(&open(&path), FILE, &options)).unwrap();
+        on(&path, async |io, file| create(io, file, &options).await).unwrap();
         assert_clean(&path, "garbage");
         qemu_io(&path, &["read -P 0 0 8M"]);
         assert_eq!(path.metadata().unwrap().len(), 16 << 20);
@@ -541,7 +541,7 @@ fn creating_over_old_bytes_leaves_none_of_them() {
 
 fn make(path: &std::path::Path, options: &CreateOptions) {
     let _ = std::fs::remove_file(path);
-    run(create(&open(path), FILE, options)).unwrap();
+    on(path, async |io, file| create(io, file, options).await).unwrap();
 }
 
 #[test]
@@ -673,7 +673,7 @@ fn impossible_options_are_refused() {
         ),
     ];
     for (expected, options) in cases {
-        let error = run(create(&open(&path), FILE, &options)).unwrap_err();
+        let error = on(&path, async |io, file| create(io, file, &options).await).unwrap_err();
         assert!(
             error.to_string().contains(expected),
             "{error}, expected {expected}"

@@ -105,7 +105,10 @@ fn a_truncated_file_fails_reads_and_nothing_else() {
     for (kind, options) in engines() {
         let image = image("a.raw", &[1; 1 << 16]);
         let disk = options.open(&image.path).unwrap();
-        let file = fs::OpenOptions::new().write(true).open(&image.path).unwrap();
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .open(&image.path)
+            .unwrap();
         file.set_len(4096).unwrap();
         let mut io = disk.create_async_io(4).unwrap();
         let read = |offset| RequestOp::Read {

@@ -39,46 +39,6 @@ impl SyncEngine {
             notifier: Notifier::new().map_err(|e| Error::from(e).operation("create eventfd"))?,
         })
     }
-
-    /// Performs an operation; `None` for a watch, which has to wait.
-    ///
-    /// # Safety
-    /// As for [`Engine::start`], until this returns.
-    unsafe fn perform(&self, op: HostOp<'_>) -> Option<i32> {
-        let target = |file| self.files.get(file).map(|file| (file.fd, file.unit));
-        let result = match op {
-            HostOp::Read {
-                file,
-                offset,
-                segments,
-            } => target(file).map(|(fd, unit)| {
-                // SAFETY: the caller vouches for the memory until this returns.
-                unsafe { sys::preadv(fd, segments, unit, offset) }
-            }),
-            HostOp::Write {
-                file,
-                offset,
-                segments,
-                dsync,
-            } => target(file).map(|(fd, unit)| {
-                // SAFETY: the caller vouches for the memory until this returns.
-                unsafe { sys::pwritev(fd, segments, unit, offset, dsync) }
-            }),
-            HostOp::Sync { file } => target(file).map(|(fd, _)| sys::fdatasync(fd)),
-            HostOp::Fallocate {
-                file,
-                mode,
-                offset,
-                len,
-            } => target(file).map(|(fd, _)| sys::fallocate(fd, mode, offset, len)),
-            HostOp::Timer { after } => {
-                std::thread::sleep(after);
-                Some(0)
-            }
-            HostOp::PollReadable { .. } => return None,
-        };
-        Some(result.unwrap_or(-libc::EBADF))
-    }
 }
 
 impl Engine for SyncEngine {
@@ -96,14 +56,17 @@ impl Engine for SyncEngine {
     }
 
     unsafe fn start(&mut self, token: Token, op: HostOp<'_>) -> Started {
-        if let HostOp::PollReadable { fd } = op {
-            self.watches.push((token, fd));
-            return Started::Pending;
-        }
-        // SAFETY: the caller vouches for the memory.
-        match unsafe { self.perform(op) } {
-            Some(result) => Started::Done(result),
-            None => Started::Pending,
+        match op {
+            HostOp::PollReadable { fd } => {
+                self.watches.push((token, fd));
+                Started::Pending
+            }
+            HostOp::Timer { after } => {
+                std::thread::sleep(after);
+                Started::Done(0)
+            }
+            // SAFETY: the caller vouches for the memory.
+            op => Started::Done(unsafe { sys::perform(&self.files, &op) }),
         }
     }
 

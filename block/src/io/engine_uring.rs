@@ -24,6 +24,13 @@
 //!   found nothing, and then looks once more: what came before clearing is seen by that look, what
 //!   comes after makes the eventfd readable again.
 //!
+//! # Which files go through the ring
+//! Files on disk file systems and block devices do, with direct I/O or through the page cache: the
+//! ring tries by itself without waiting before it hands an operation to one of its workers. Files on
+//! tmpfs and ramfs do not: their file systems cannot try, so the ring would hand every operation to
+//! a worker at five to ten times the cost of copying the bytes. Their operations are done in
+//! [`start`](Engine::start), where nothing but swapping can make them wait.
+//!
 //! # What the kernel owns
 //! An operation occupies a slot from `start` until its completion was reaped; slots bound the
 //! operations in flight below the size of the completion queue. Dropping the engine waits for every
@@ -44,6 +51,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::{
     Engine, EngineFile, EngineKind, HostFile, HostOp, Segment, Started, Token,
     sys::{self, FileTable, MAX_TRANSFER, Notifier},
+    uring_memory::RegisteredMemory,
     uring_setup,
 };
 use crate::{Error, Result};
@@ -65,6 +73,8 @@ pub struct UringOptions {
     /// Poll the device for completions (`IORING_SETUP_IOPOLL`). Not supported yet; creating the
     /// engine fails.
     pub polled: bool,
+    /// Use only what Linux 5.6 has: no deferred task work, no file table, no sleep in the ring.
+    pub compatible: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,13 +93,6 @@ struct Slot {
     timeout: types::Timespec,
 }
 
-/// A run of registered memory.
-struct Region {
-    start: usize,
-    end: usize,
-    index: u16,
-}
-
 /// The io_uring engine. It belongs to the thread that made it.
 pub struct UringEngine {
     ring: IoUring,
@@ -102,7 +105,7 @@ pub struct UringEngine {
     free: Vec<u32>,
     /// Operations in flight that must end before the engine does.
     unfinished: usize,
-    regions: Vec<Region>,
+    memory: RegisteredMemory,
     notifier: Notifier,
     /// Somebody may sleep on the notifier.
     announced: Cell<bool>,
@@ -133,15 +136,19 @@ impl UringEngine {
             ));
         }
         let depth = depth.clamp(1, 1 << 14);
-        let ring = uring_setup::ring(depth)?;
+        let ring = uring_setup::ring(depth, options.compatible)?;
         let notifier = Notifier::new().map_err(|e| Error::from(e).operation("create eventfd"))?;
-        let table = uring_setup::register_file_table(&ring);
+        let table = if options.compatible {
+            0
+        } else {
+            uring_setup::register_file_table(&ring)
+        };
         ring.submitter()
             .register_eventfd(notifier.as_raw_fd())
             .map_err(|error| Error::from(error).operation("register eventfd with io_uring"))?;
         let mut engine = Self {
             // Without a timeout in `io_uring_enter` (before Linux 5.11) `wait` needs the eventfd.
-            announced: Cell::new(!ring.params().is_feature_ext_arg()),
+            announced: Cell::new(options.compatible || !ring.params().is_feature_ext_arg()),
             ring,
             files: FileTable::default(),
             table,
@@ -155,7 +162,7 @@ impl UringEngine {
                 .collect(),
             free: (0..depth).rev().collect(),
             unfinished: 0,
-            regions: Vec::new(),
+            memory: RegisteredMemory::default(),
             notifier,
             wake_armed: false,
             options,
@@ -204,7 +211,7 @@ impl UringEngine {
         if let [segment] = segments {
             let base = segment.as_ptr();
             let len = segment.len().min(MAX_TRANSFER) as u32;
-            let fixed = self.region(segment);
+            let fixed = self.memory.find(segment);
             return match (write, fixed) {
                 (None, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
                 (None, Some(index)) => opcode::ReadFixed::new(fd, base, len, index)
@@ -230,18 +237,6 @@ impl UringEngine {
                 .rw_flags(flags)
                 .build(),
         }
-    }
-
-    /// The registered region that holds a whole segment.
-    fn region(&self, segment: &Segment) -> Option<u16> {
-        if self.regions.is_empty() {
-            return None;
-        }
-        let start = segment.as_ptr() as usize;
-        let end = start.checked_add(segment.len())?;
-        let after = self.regions.partition_point(|region| region.start <= start);
-        let region = self.regions.get(after.checked_sub(1)?)?;
-        (end <= region.end).then_some(region.index)
     }
 
     /// The entry of an operation, without its user data; an engine result when it cannot be made.
@@ -429,31 +424,20 @@ impl Engine for UringEngine {
     }
 
     unsafe fn register_memory(&mut self, regions: &[(*mut u8, usize)]) -> bool {
-        if !self.regions.is_empty() {
-            self.regions.clear();
-            let _ = self.ring.submitter().unregister_buffers();
-        }
-        let Some(chunks) = uring_setup::memory_chunks(regions) else {
-            return false;
-        };
         // SAFETY: the caller vouches for the memory until it is replaced or the engine is gone.
-        if let Err(error) = unsafe { self.ring.submitter().register_buffers(&chunks) } {
-            tracing::debug!(%error, "io_uring: guest memory is not registered");
-            return false;
-        }
-        self.regions = chunks
-            .iter()
-            .enumerate()
-            .map(|(index, chunk)| Region {
-                start: chunk.iov_base as usize,
-                end: chunk.iov_base as usize + chunk.iov_len,
-                index: index as u16,
-            })
-            .collect();
-        true
+        unsafe { self.memory.register(&self.ring.submitter(), regions) }
     }
 
     unsafe fn start(&mut self, token: Token, op: HostOp<'_>) -> Started {
+        if let HostOp::Read { file, .. }
+        | HostOp::Write { file, .. }
+        | HostOp::Sync { file }
+        | HostOp::Fallocate { file, .. } = op
+            && self.files.get(file).is_some_and(|file| file.in_memory)
+        {
+            // SAFETY: the caller vouches for the memory.
+            return Started::Done(unsafe { sys::perform(&self.files, &op) });
+        }
         let Some(index) = self.free.pop() else {
             return Started::Full;
         };
@@ -537,7 +521,7 @@ impl Engine for UringEngine {
         if !self.announced.get() {
             return self.wait_in_ring(timeout);
         }
-        self.submit()?;
+        let timeout = sys::try_again_soon(self.submit(), timeout)?;
         if self.completions_at_hand() || self.owes_completions() {
             return Ok(());
         }

@@ -246,6 +246,18 @@ impl HostFile {
         self.alignment
     }
 
+    /// What tells whether two paths lead to the same file; `None` for a simulated file.
+    #[must_use]
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        match &self.backend {
+            Backend::Os(file) => file
+                .metadata()
+                .ok()
+                .map(|metadata| (metadata.dev(), metadata.ino())),
+            Backend::Simulated(_) => None,
+        }
+    }
+
     /// The length in bytes now.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Engines, queues, buffers and the blocking pool: every system call of the crate.
 
+mod aio_sys;
+mod aio_worker;
 mod async_io;
 mod buffers;
 mod busy;
@@ -7,6 +9,7 @@ mod context;
 mod core;
 mod driver;
 mod engine;
+mod engine_aio;
 mod engine_sync;
 mod engine_uring;
 mod file;
@@ -16,13 +19,16 @@ mod os_host;
 mod pins;
 mod pool;
 mod ranges;
+pub mod sim;
 mod slab;
 mod sys;
+mod uring_memory;
 mod uring_setup;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
 pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
 pub use engine::{Engine, EngineFile, EngineKind, FallocateMode, HostOp, Started, Token};
+pub use engine_aio::AioEngine;
 pub use engine_sync::SyncEngine;
 pub use engine_uring::{UringEngine, UringOptions};
 pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine, UringEngine, UringOptions,
+    AioEngine, Engine, EngineKind, FileOptions, Host, HostFile, SyncEngine, UringEngine,
+    UringOptions,
 };
-use crate::{Error, Result};
+use crate::Result;
 
 /// The operating system: files by path, engines by kind.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,9 +48,7 @@ impl Host for OsHost {
         match kind {
             EngineKind::Sync => Ok(Box::new(SyncEngine::new()?)),
             EngineKind::IoUring => Ok(Box::new(UringEngine::new(depth, self.uring)?)),
-            EngineKind::LinuxAio => Err(Error::unsupported(format!(
-                "the {kind} engine is not built yet"
-            ))),
+            EngineKind::LinuxAio => Ok(Box::new(AioEngine::new(depth)?)),
         }
     }
 

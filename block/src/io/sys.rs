@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Backend, EngineFile, FallocateMode, HostFile, Segment};
+use super::{Backend, EngineFile, FallocateMode, HostFile, HostOp, Segment};
 use crate::{Error, Result};
 
 /// The most segments the host takes in one operation (`UIO_MAXIOV`).
@@ -77,8 +77,10 @@ pub(crate) struct Registered {
     pub(crate) fd: RawFd,
     /// The unit of direct I/O, or 1.
     pub(crate) unit: usize,
+    /// The file is on a memory file system.
+    pub(crate) in_memory: bool,
     /// Keeps it open.
-    _file: Arc<HostFile>,
+    pub(crate) file: Arc<HostFile>,
 }
 
 /// The files that an engine knows.
@@ -88,10 +90,12 @@ pub(crate) struct FileTable(Vec<Option<Registered>>);
 impl FileTable {
     /// Adds a file under a free index.
     pub(crate) fn insert(&mut self, file: &Arc<HostFile>) -> EngineFile {
+        let fd = file.raw_fd().unwrap_or(-1);
         let registered = Some(Registered {
-            fd: file.raw_fd().unwrap_or(-1),
+            fd,
+            in_memory: is_in_memory(fd),
             unit: file.alignment().offset.max(1) as usize,
-            _file: Arc::clone(file),
+            file: Arc::clone(file),
         });
         let index = match self.0.iter().position(Option::is_none) {
             Some(free) => {
@@ -263,6 +267,57 @@ pub(crate) fn fallocate(fd: RawFd, mode: FallocateMode, offset: u64, len: u64) -
     result(unsafe { libc::fallocate(fd, fallocate_flags(mode), offset, len) } as isize)
 }
 
+/// Performs an operation on a file on the calling thread.
+///
+/// # Safety
+/// The segments are memory, writable for a read, until this returns.
+pub(crate) unsafe fn perform(files: &FileTable, op: &HostOp<'_>) -> i32 {
+    let target = |file| files.get(file).map(|file| (file.fd, file.unit));
+    let result = match *op {
+        HostOp::Read {
+            file,
+            offset,
+            segments,
+        } => target(file).map(|(fd, unit)| {
+            // SAFETY: the caller vouches for the memory until this returns.
+            unsafe { preadv(fd, segments, unit, offset) }
+        }),
+        HostOp::Write {
+            file,
+            offset,
+            segments,
+            dsync,
+        } => target(file).map(|(fd, unit)| {
+            // SAFETY: the caller vouches for the memory until this returns.
+            unsafe { pwritev(fd, segments, unit, offset, dsync) }
+        }),
+        HostOp::Sync { file } => target(file).map(|(fd, _)| fdatasync(fd)),
+        HostOp::Fallocate {
+            file,
+            mode,
+            offset,
+            len,
+        } => target(file).map(|(fd, _)| fallocate(fd, mode, offset, len)),
+        HostOp::Timer { .. } | HostOp::PollReadable { .. } => Some(-libc::EINVAL),
+    };
+    result.unwrap_or(-libc::EBADF)
+}
+
+/// Whether a file is in memory (tmpfs, ramfs): only swapping can make an operation on it wait.
+fn is_in_memory(fd: RawFd) -> bool {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    let mut statfs = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the kernel writes a structure of this size to a local variable.
+    if unsafe { libc::fstatfs(fd, statfs.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: zeroed memory is a valid `statfs`, and the kernel filled it.
+    let kind = unsafe { statfs.assume_init() }.f_type;
+    // The width and the sign of the field differ between architectures.
+    matches!(kind as u64 & 0xffff_ffff, TMPFS_MAGIC | RAMFS_MAGIC)
+}
+
 /// What `poll` is asked for a descriptor that becomes readable.
 pub(crate) fn readable(fd: RawFd) -> libc::pollfd {
     libc::pollfd {
@@ -278,6 +333,23 @@ pub(crate) fn poll_result(revents: libc::c_short) -> i32 {
         -libc::EBADF
     } else {
         0
+    }
+}
+
+/// The timeout to sleep with after a submission: short if the kernel had no room for all of it.
+pub(crate) fn try_again_soon(
+    submitted: io::Result<()>,
+    timeout: Option<Duration>,
+) -> io::Result<Option<Duration>> {
+    const SOON: Duration = Duration::from_millis(1);
+    match submitted {
+        Ok(()) => Ok(timeout),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EBUSY) => {
+                Ok(Some(timeout.map_or(SOON, |timeout| timeout.min(SOON))))
+            }
+            _ => Err(error),
+        },
     }
 }
 

@@ -9,12 +9,6 @@ use crate::{Error, ErrorKind, Result};
 /// Entries of a ring's file table. Files beyond it are driven by their descriptors.
 pub(super) const FILE_TABLE: u32 = 256;
 
-/// The most bytes of one registered buffer.
-const MAX_CHUNK: usize = 1 << 30;
-
-/// The most registered buffers of a ring.
-const MAX_CHUNKS: usize = 1 << 14;
-
 /// What an engine needs, by the names of the kernel.
 const REQUIRED: [(u8, &str); 8] = [
     (opcode::Read::CODE, "IORING_OP_READ"),
@@ -28,28 +22,35 @@ const REQUIRED: [(u8, &str); 8] = [
 ];
 
 /// A ring with room for `depth` operations and the engine's own poll, with the best task-work mode
-/// that the kernel has.
-pub(super) fn ring(depth: u32) -> Result<IoUring> {
+/// that the kernel has; with none if it shall be `compatible` with the oldest.
+pub(super) fn ring(depth: u32, compatible: bool) -> Result<IoUring> {
     let entries = (depth + 1).next_power_of_two();
-    let ring = IoUring::builder()
-        .setup_clamp()
-        .setup_submit_all()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(entries)
-        .or_else(|error| {
-            retry(error, || {
-                IoUring::builder()
-                    .setup_clamp()
-                    .setup_submit_all()
-                    .setup_coop_taskrun()
-                    .setup_taskrun_flag()
-                    .build(entries)
-            })
-        })
-        .or_else(|error| retry(error, || IoUring::builder().setup_clamp().build(entries)))
-        .map_err(|error| refused(&error))?;
+    let plain = || IoUring::builder().setup_clamp().build(entries);
+    let cooperative = || {
+        IoUring::builder()
+            .setup_clamp()
+            .setup_submit_all()
+            .setup_coop_taskrun()
+            .setup_taskrun_flag()
+            .build(entries)
+    };
+    let deferred = || {
+        IoUring::builder()
+            .setup_clamp()
+            .setup_submit_all()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .build(entries)
+    };
+    let ring = if compatible {
+        plain()
+    } else {
+        deferred()
+            .or_else(|error| retry(error, cooperative))
+            .or_else(|error| retry(error, plain))
+    }
+    .map_err(|error| refused(&error))?;
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
@@ -109,23 +110,4 @@ pub(super) fn register_file_table(ring: &IoUring) -> u32 {
         Ok(()) => FILE_TABLE,
         Err(_) => 0,
     }
-}
-
-/// Regions in order of their address, cut into pieces that the kernel registers; `None` when there
-/// is nothing to register or too much.
-pub(super) fn memory_chunks(regions: &[(*mut u8, usize)]) -> Option<Vec<libc::iovec>> {
-    let mut chunks = Vec::new();
-    for &(base, len) in regions {
-        let mut done = 0;
-        while done < len {
-            let take = (len - done).min(MAX_CHUNK);
-            chunks.push(libc::iovec {
-                iov_base: base.wrapping_add(done).cast(),
-                iov_len: take,
-            });
-            done += take;
-        }
-    }
-    chunks.sort_by_key(|chunk| chunk.iov_base as usize);
-    (!chunks.is_empty() && chunks.len() <= MAX_CHUNKS).then_some(chunks)
 }

@@ -7,28 +7,31 @@
 )]
 
 use std::{
-    future::Future,
     path::{Path, PathBuf},
-    pin::pin,
     process::{Command, Output},
-    task::{Context, Poll, Waker},
 };
 
-use block::{FileId, io::Io};
+use block::{
+    FileId, Result,
+    formats::qcow2::header::Header,
+    io::{EngineKind, FileOptions, Io},
+    offline::with_file,
+};
 use tempfile::TempDir;
 
-pub const FILE: FileId = FileId(0);
-
-/// An `Io` whose operations are done when they return.
-pub fn open(path: &Path) -> Io {
-    Io::standin(path)
+/// Runs `work` on a file, made if it is not there, with the synchronous engine.
+pub fn on<T>(path: &Path, work: impl AsyncFnOnce(&Io, FileId) -> Result<T>) -> Result<T> {
+    let options = FileOptions {
+        write: true,
+        create: true,
+        ..FileOptions::default()
+    };
+    with_file(path, options, EngineKind::Sync, work)
 }
 
-pub fn run<T>(future: impl Future<Output = T>) -> T {
-    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(value) => value,
-        Poll::Pending => panic!("the synchronous engine is always ready"),
-    }
+/// The header of an image.
+pub fn header(path: &Path) -> Header {
+    on(path, async |io, file| Header::read(io, file).await).unwrap()
 }
 
 pub fn temp_dir() -> TempDir {

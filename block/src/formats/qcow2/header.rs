@@ -143,7 +143,7 @@ impl Header {
     }
 
     async fn read_as(io: &Io, file: FileId, purpose: Purpose) -> Result<Self> {
-        let with_path = |error: Error| error.path(io.file_path(file));
+        let with_path = |error: Error| error.path(&io.file_path(file));
         let mut bytes = io.read_padded(file, 0, FIRST_READ).await?;
         // A file that ends inside the fixed fields is not an image, whatever zeroes would mean.
         let len = io.file_len(file)?;

@@ -1,0 +1,275 @@
+//! Discard, write zeroes and resize.
+
+use std::sync::atomic::Ordering;
+
+use super::{
+    Qcow2,
+    flush::Punch,
+    header::{MAX_L1_SIZE, be64},
+    l2::{Entry, ZERO, decode},
+    read_only,
+};
+use crate::{
+    Error, GuestRange, Result,
+    io::{AlignedBuf, Io},
+};
+
+/// Clusters changed under one claim.
+const CLUSTERS_AT_A_TIME: u64 = 512;
+
+/// What whole clusters become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Becomes {
+    /// Not needed any more: zero, or nothing where that reads the same; space is given back.
+    Discarded,
+    /// Zero, keeping host clusters that are theirs alone.
+    ZeroKept,
+    /// Zero, giving space back.
+    ZeroUnmapped,
+    /// Not part of the disk any more.
+    Gone,
+}
+
+impl Qcow2 {
+    /// Forgets whole clusters; what they read afterwards is zero, never older data.
+    pub(super) async fn discard_clusters(&self, io: &Io, range: GuestRange) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        // Without the zero flag, an unallocated cluster would show the backing file again.
+        if !self.geometry.zero_flag && self.backing.is_some() {
+            return Ok(());
+        }
+        let size = self.geometry.cluster_size();
+        let first = range.start.0.div_ceil(size);
+        let end = if range.end() == self.size.load(Ordering::Acquire) {
+            range.end().div_ceil(size)
+        } else {
+            range.end() / size
+        };
+        self.change_clusters(io, first, end, Becomes::Discarded)
+            .await
+    }
+
+    /// Makes the start of a range zero through the map alone; returns the bytes done, 0 where plain
+    /// zeroes must be written.
+    pub(super) async fn zero_clusters(
+        &self,
+        io: &Io,
+        range: GuestRange,
+        may_unmap: bool,
+    ) -> Result<u64> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        let size = self.geometry.cluster_size();
+        let first = self.geometry.cluster(range.start);
+        let at_end = range.end() == self.size.load(Ordering::Acquire);
+        let end = if at_end {
+            range.end().div_ceil(size)
+        } else {
+            range.end() / size
+        };
+        if self.geometry.in_cluster(range.start.0) != 0 || end <= first {
+            // A part of a cluster that is zero already needs nothing.
+            let part = self.until(range, first + 1);
+            let entry = self.entry(io, first).await?;
+            return Ok(if self.reads_zero(entry, first) {
+                part.len
+            } else {
+                0
+            });
+        }
+        if !self.geometry.zero_flag {
+            return Ok(0);
+        }
+        let becomes = if may_unmap {
+            Becomes::ZeroUnmapped
+        } else {
+            Becomes::ZeroKept
+        };
+        self.change_clusters(io, first, end, becomes).await?;
+        Ok(self.until(range, end).len)
+    }
+
+    async fn change_clusters(
+        &self,
+        io: &Io,
+        mut first: u64,
+        end: u64,
+        becomes: Becomes,
+    ) -> Result<()> {
+        while first < end {
+            self.relieve(io).await?;
+            let stop = end
+                .min(self.geometry.slice_end(first))
+                .min(first + CLUSTERS_AT_A_TIME);
+            let stop = self.change_run(io, first, stop, end, becomes).await?;
+            first = stop;
+        }
+        Ok(())
+    }
+
+    /// Changes clusters inside one slice; returns the first cluster after those done.
+    async fn change_run(
+        &self,
+        io: &Io,
+        first: u64,
+        stop: u64,
+        end: u64,
+        becomes: Becomes,
+    ) -> Result<u64> {
+        let _claim = self.claims.claim(first, stop).await;
+        let no_table = self.l1_entry(io, first).await?.is_none();
+        if no_table {
+            let rest = end.min(self.geometry.table_end(first));
+            let run = self.until(
+                GuestRange::new(
+                    self.geometry.start(first),
+                    u64::MAX - self.geometry.start(first),
+                ),
+                rest,
+            );
+            // Nothing there, and nothing below: all of the table's range is as it should be.
+            if becomes == Becomes::Gone || self.in_backing(run).len == 0 {
+                return Ok(rest);
+            }
+        }
+        let slice = self.l2_slice_for_change(io, first).await?;
+        let change = slice.change();
+        let mut became_dirty = false;
+        for cluster in first..stop {
+            let place = self.geometry.in_slice(cluster);
+            let raw = change.get(place);
+            let before = decode(raw, cluster, &self.geometry)?;
+            let Some((after, punch)) = self.changed_entry(raw, before, cluster, becomes) else {
+                continue;
+            };
+            became_dirty |= change.set(place, after);
+            if let Some(punch) = punch {
+                self.unlink(before, punch);
+            }
+        }
+        drop(change);
+        if became_dirty {
+            self.pending.add_dirty(&slice);
+        }
+        Ok(stop)
+    }
+
+    /// The entry that a cluster gets, and whether what it named is given up; `None` to leave it.
+    fn changed_entry(
+        &self,
+        raw: u64,
+        before: Entry,
+        cluster: u64,
+        becomes: Becomes,
+    ) -> Option<(u64, Option<Punch>)> {
+        let nothing_below = self.reads_zero(Entry::Unallocated, cluster);
+        match (becomes, before) {
+            (Becomes::Gone, Entry::Unallocated) => None,
+            (Becomes::Gone, _) => Some((0, Some(Punch::Yes))),
+            // What has no cluster and reads as zeroes stays.
+            (_, Entry::Zero { host: None, .. }) => None,
+            (_, Entry::Unallocated) if nothing_below => None,
+            (_, Entry::Unallocated) => Some((ZERO, None)),
+            (
+                Becomes::ZeroKept,
+                Entry::Zero { copied: true, .. } | Entry::Data { copied: true, .. },
+            ) => (raw & ZERO == 0).then_some((raw | ZERO, None)),
+            (Becomes::ZeroKept, Entry::Zero { .. }) => None,
+            (Becomes::ZeroKept, _) => Some((ZERO, Some(Punch::No))),
+            (Becomes::Discarded | Becomes::ZeroUnmapped, _) => {
+                let after = if self.geometry.zero_flag { ZERO } else { 0 };
+                Some((after, Some(Punch::Yes)))
+            }
+        }
+    }
+
+    /// Changes the size of the disk. No request is in flight.
+    pub(super) async fn change_size(&self, io: &Io, size: u64) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        if !size.is_multiple_of(512) {
+            return Err(Error::invalid_argument(format!(
+                "size: {size}, expected a multiple of 512"
+            )));
+        }
+        self.settle(io).await?;
+        let old_size = self.size.load(Ordering::Acquire);
+        if size < old_size {
+            let cluster_size = self.geometry.cluster_size();
+            let first = size.div_ceil(cluster_size);
+            let end = old_size.div_ceil(cluster_size);
+            self.change_clusters(io, first, end, Becomes::Gone).await?;
+            self.settle(io).await?;
+        } else {
+            self.zero_grown_tail(io, old_size, size).await?;
+        }
+        let mut header = crate::sync::lock(&self.header).clone();
+        let entries = header.l1_entries_for(size);
+        let old = (self.l1.offset(), self.l1.entries());
+        let moved = entries > old.1;
+        if moved {
+            let offset = self.grow_l1(io, entries, size).await?;
+            header.l1_table_offset = offset;
+            header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);
+        }
+        header.size = size;
+        io.sync(self.file).await?;
+        header.write(io, self.file).await?;
+        io.sync(self.file).await?;
+        if moved {
+            let bytes = old.1 * 8;
+            self.slices.retire(old.0, old.0 + bytes.max(1));
+            self.l1.set(header.l1_table_offset, header.l1_size);
+            let clusters = bytes.div_ceil(self.geometry.cluster_size());
+            if clusters > 0 {
+                self.refcounts
+                    .release(io, old.0 >> self.geometry.cluster_bits, clusters)
+                    .await?;
+            }
+        }
+        self.size.store(size, Ordering::Release);
+        *crate::sync::lock(&self.header) = header;
+        self.settle(io).await
+    }
+
+    /// The rest of the last cluster and what the backing file has beyond the old end must not
+    /// appear when the disk grows.
+    async fn zero_grown_tail(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
+        let grown = GuestRange::new(old_size, size - old_size);
+        if self.in_backing(grown).len == 0 {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "growing to {size} bytes would uncover data of the backing file beyond the old end, {old_size} bytes"
+        )))
+    }
+
+    /// Writes a longer L1 table to a new place; returns where.
+    async fn grow_l1(&self, io: &Io, entries: u64, size: u64) -> Result<u64> {
+        let bytes = entries * 8;
+        if bytes > MAX_L1_SIZE {
+            return Err(Error::invalid_argument(format!(
+                "size: {size}, expected at most what an L1 table of {MAX_L1_SIZE} bytes maps at this cluster size"
+            )));
+        }
+        let clusters = bytes.div_ceil(self.geometry.cluster_size());
+        let run = self.refcounts.allocate(io, clusters, true).await?;
+        let old_bytes = (self.l1.entries() * 8) as usize;
+        let old = io
+            .read_padded(self.file, self.l1.offset(), old_bytes)
+            .await?;
+        let mut table = AlignedBuf::zeroed((clusters << self.geometry.cluster_bits) as usize);
+        table[..old_bytes].copy_from_slice(&old);
+        debug_assert!(old_bytes < 8 || be64(&old, 0) == be64(&table, 0));
+        let offset = self.geometry.start(run.first);
+        io.write(self.file, offset, table).await?;
+        // The reference counts of the new table, and the table, are durable before the header
+        // names it.
+        self.settle(io).await?;
+        Ok(offset)
+    }
+}

@@ -1,0 +1,329 @@
+//! The order in which everything reaches the disk.
+//!
+//! Nothing of the tables is written outside a flush, except the first content of new L2 tables.
+//! A flush
+//!
+//! 1. takes the list of freed clusters, then copies the dirty slices of L1 and L2 tables: the
+//!    copies rely on nothing that happens later;
+//! 2. writes the reference counts, and, if a new block of them was made, syncs and writes the table
+//!    that names it (and the header, if that table moved);
+//! 3. syncs: guest data, copied data, new tables and reference counts are durable;
+//! 4. writes the copies of step 1, and syncs;
+//! 5. stamps the freed clusters: no mapping on the disk names them any more. Once every request
+//!    that may still touch them has ended they are punched, if asked, and lose their reference.
+//!
+//! With no dirty table that is one sync, otherwise two.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use super::{Qcow2, l2::Compressed, refcount::DirtyCounts};
+use crate::{
+    Result,
+    io::{AlignedBuf, FallocateMode, Io},
+    sync::{join_all, lock},
+    table::TableSlice,
+};
+
+/// Table writes in flight at a time.
+const WRITES_AT_A_TIME: usize = 64;
+
+/// Whether the host gets a freed cluster's space back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Punch {
+    /// It does: a discard asked for it.
+    Yes,
+    /// It stays with the image, to be used again.
+    No,
+}
+
+/// Host clusters that no mapping in memory names any more.
+#[derive(Clone, Copy, Debug)]
+struct Freed {
+    first: u64,
+    count: u64,
+    punch: Punch,
+    /// Their decompressed content is forgotten with them.
+    compressed: Option<Compressed>,
+}
+
+/// Whether the L1 table on the disk is that in memory.
+mod l1_state {
+    pub(super) const CLEAN: u8 = 0;
+    pub(super) const DIRTY: u8 = 1;
+    pub(super) const WRITING: u8 = 2;
+}
+
+/// What the next flush has to do.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    dirty: Mutex<Vec<Arc<TableSlice>>>,
+    freed: Mutex<Vec<Freed>>,
+    /// Freed clusters whose mappings are gone from the disk, by stamp.
+    limbo: Mutex<VecDeque<(u64, Freed)>>,
+    l1: AtomicU8,
+}
+
+impl Pending {
+    /// A slice became dirty.
+    pub(super) fn add_dirty(&self, slice: &Arc<TableSlice>) {
+        lock(&self.dirty).push(Arc::clone(slice));
+    }
+
+    /// A slice of the L1 table became dirty, or changed again.
+    pub(super) fn l1_changed(&self) {
+        self.l1.store(l1_state::DIRTY, Ordering::Release);
+    }
+
+    /// Whether the L1 table on the disk is that in memory.
+    pub(super) fn l1_is_clean(&self) -> bool {
+        self.l1.load(Ordering::Acquire) == l1_state::CLEAN
+    }
+
+    /// Dirty slices.
+    pub(super) fn dirty_slices(&self) -> usize {
+        lock(&self.dirty).len()
+    }
+
+    /// Clusters lose a reference once their mapping is gone from the disk.
+    pub(super) fn free_clusters(&self, first: u64, count: u64, punch: Punch) {
+        lock(&self.freed).push(Freed {
+            first,
+            count,
+            punch,
+            compressed: None,
+        });
+    }
+
+    /// The clusters of compressed data lose a reference likewise.
+    pub(super) fn free_compressed(&self, data: Compressed, first: u64, last: u64) {
+        lock(&self.freed).push(Freed {
+            first,
+            count: last - first + 1,
+            // Other compressed data may share the cluster.
+            punch: Punch::No,
+            compressed: Some(data),
+        });
+    }
+
+    fn is_idle(&self) -> bool {
+        lock(&self.dirty).is_empty() && lock(&self.freed).is_empty()
+    }
+}
+
+/// Slices on their way to the disk; put back as dirty if the flush fails or is dropped.
+struct Taken<'a> {
+    image: &'a Qcow2,
+    slices: Vec<Arc<TableSlice>>,
+    freed: Vec<Freed>,
+    done: bool,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let pending = &self.image.pending;
+        for slice in &self.slices {
+            if slice.write_failed() {
+                pending.add_dirty(slice);
+            }
+        }
+        lock(&pending.freed).append(&mut self.freed);
+        pending.l1_changed();
+        self.image.refcounts.write_failed();
+    }
+}
+
+impl Qcow2 {
+    /// Makes everything that completed before durable. Flushes at the same time share one run that
+    /// has not started yet.
+    pub(super) async fn flush_all(&self, io: &Io) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.flushing.run(|| self.flush_now(io)).await
+    }
+
+    async fn flush_now(&self, io: &Io) -> Result<()> {
+        // First the freed clusters, then the slices: what freed them is in the copies.
+        let mut taken = Taken {
+            image: self,
+            freed: std::mem::take(&mut lock(&self.pending.freed)),
+            slices: Vec::new(),
+            done: false,
+        };
+        let _ = self.pending.l1.compare_exchange(
+            l1_state::DIRTY,
+            l1_state::WRITING,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        taken.slices = std::mem::take(&mut lock(&self.pending.dirty));
+        let copies: Vec<(u64, Vec<u8>)> = taken
+            .slices
+            .iter()
+            .map(|slice| (slice.host_offset, slice.copy_for_writing()))
+            .collect();
+        self.write_refcounts(io).await?;
+        io.sync(self.file).await?;
+        if !copies.is_empty() {
+            self.write_all(io, copies).await?;
+            io.sync(self.file).await?;
+        }
+        for slice in &taken.slices {
+            slice.written();
+        }
+        let _ = self.pending.l1.compare_exchange(
+            l1_state::WRITING,
+            l1_state::CLEAN,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        taken.done = true;
+        let freed = std::mem::take(&mut taken.freed);
+        if !freed.is_empty() {
+            let stamp = io.core.pins.stamp();
+            lock(&self.pending.limbo).extend(freed.into_iter().map(|item| (stamp, item)));
+        }
+        self.reclaim(io).await
+    }
+
+    /// Writes changed reference counts, in their order.
+    async fn write_refcounts(&self, io: &Io) -> Result<()> {
+        let DirtyCounts {
+            blocks,
+            table,
+            moved,
+        } = self.refcounts.take_dirty();
+        self.write_all(io, blocks).await?;
+        let Some((offset, bytes)) = table else {
+            return Ok(());
+        };
+        // Blocks are durable before the table names them.
+        io.sync(self.file).await?;
+        io.write(self.file, offset, AlignedBuf::from_slice(&bytes))
+            .await?;
+        let Some((offset, clusters)) = moved else {
+            return Ok(());
+        };
+        // So is the table before the header names it.
+        io.sync(self.file).await?;
+        let mut header = lock(&self.header).clone();
+        header.refcount_table_offset = offset;
+        header.refcount_table_clusters = clusters;
+        header.write(io, self.file).await?;
+        io.sync(self.file).await?;
+        *lock(&self.header) = header;
+        if let Some((first, count)) = self.refcounts.move_done() {
+            self.refcounts.release(io, first, count).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes pieces of the image file, several at a time, neighbours together.
+    async fn write_all(&self, io: &Io, mut pieces: Vec<(u64, Vec<u8>)>) -> Result<()> {
+        pieces.sort_unstable_by_key(|(offset, _)| *offset);
+        let mut merged: Vec<(u64, Vec<u8>)> = Vec::with_capacity(pieces.len());
+        for (offset, bytes) in pieces {
+            match merged.last_mut() {
+                Some((start, run)) if *start + run.len() as u64 == offset => run.extend(bytes),
+                _ => merged.push((offset, bytes)),
+            }
+        }
+        for group in merged.chunks(WRITES_AT_A_TIME) {
+            let writes = group
+                .iter()
+                .map(|(offset, bytes)| io.write(self.file, *offset, AlignedBuf::from_slice(bytes)));
+            for result in join_all(writes).await {
+                result?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives clusters back whose mapping is gone from the disk and that no request can touch any
+    /// more: punched first, if asked, and only then free.
+    async fn reclaim(&self, io: &Io) -> Result<()> {
+        let released = io.core.pins.released();
+        loop {
+            let ready = {
+                let mut limbo = lock(&self.pending.limbo);
+                match limbo.front() {
+                    Some((stamp, _)) if *stamp < released => limbo.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((_, freed)) = ready else {
+                return Ok(());
+            };
+            if let Some(data) = freed.compressed {
+                self.decompressed.forget(data);
+            }
+            if freed.punch == Punch::Yes {
+                self.punch(io, freed).await?;
+            }
+            self.refcounts.release(io, freed.first, freed.count).await?;
+        }
+    }
+
+    /// Punches the clusters that have one reference, the one about to go. What a snapshot still
+    /// names stays.
+    async fn punch(&self, io: &Io, freed: Freed) -> Result<()> {
+        let mut run = (freed.first, 0);
+        for cluster in freed.first..=freed.first + freed.count {
+            let last = cluster == freed.first + freed.count;
+            if !last && self.refcounts.get(io, cluster).await? == 1 {
+                run.1 += 1;
+                continue;
+            }
+            if run.1 > 0 {
+                let offset = self.geometry.start(run.0);
+                let len = run.1 << self.geometry.cluster_bits;
+                let punched = io
+                    .fallocate(self.file, FallocateMode::PunchHole, offset, len)
+                    .await;
+                if let Err(error) = punched {
+                    // The cluster is free either way; the space comes back when it is used again.
+                    tracing::debug!(%error, "no space given back");
+                }
+            }
+            run = (cluster + 1, 0);
+        }
+        Ok(())
+    }
+
+    /// Writes what is pending before there is too much of it.
+    pub(super) async fn relieve(&self, io: &Io) -> Result<()> {
+        if self.pending.dirty_slices() >= self.slices.dirty_limit() {
+            return self.flush_all(io).await;
+        }
+        Ok(())
+    }
+
+    /// Flushes until nothing is left to do. The disk is drained.
+    pub(super) async fn settle(&self, io: &Io) -> Result<()> {
+        loop {
+            self.flush_all(io).await?;
+            // Reclaimed clusters changed reference counts once more.
+            if self.pending.is_idle() && !self.refcounts.is_dirty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Leaves the file as a cleanly closed image.
+    pub(super) async fn close_image(&self, io: &Io) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.refcounts.end_packing();
+        self.settle(io).await
+    }
+}

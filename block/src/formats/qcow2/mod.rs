@@ -1,0 +1,296 @@
+//! qcow2, versions 2 and 3: copy-on-write images with backing files, compression and snapshots.
+//!
+//! The specification is `docs/interop/qcow2.rst` of QEMU; names are its. The parts:
+//!
+//! * [`header`]: the header, its extensions and feature bits.
+//! * `l2`: entries and the arithmetic of tables. `slices`: the cache of table slices.
+//! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
+//! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
+//!   the disk.
+//! * `compressed`: compressed clusters and the cache of decompressed ones.
+
+mod change;
+mod claims;
+mod compressed;
+pub mod create;
+mod flush;
+pub mod header;
+mod l2;
+mod map;
+mod refcount;
+mod slices;
+mod tables;
+mod write;
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use self::{
+    claims::Claims, compressed::Decompressed, flush::Pending, header::Header, l2::Geometry,
+    refcount::Refcounts, slices::SliceCache, tables::L1,
+};
+use crate::{
+    Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
+    io::{Buffers, Io},
+    sync::{Coalescer, LocalFuture, lock},
+    table::{MapCache, MapKey},
+};
+
+/// Bytes of decompressed clusters kept in memory by each image.
+const DECOMPRESSED_CACHE_BYTES: u64 = 4 << 20;
+
+/// How to open a qcow2 image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Qcow2Options {
+    /// Open for writing.
+    pub(crate) writable: bool,
+    /// The most bytes of tables kept in memory.
+    pub(crate) metadata_cache_size: u64,
+}
+
+/// An opened qcow2 image.
+pub(crate) struct Qcow2 {
+    /// Unique in the process: part of the keys of the queues' caches.
+    id: u32,
+    file: FileId,
+    writable: bool,
+    geometry: Geometry,
+    header: Mutex<Header>,
+    size: AtomicU64,
+    l1: L1,
+    slices: SliceCache,
+    refcounts: Refcounts,
+    /// Guest clusters whose mapping a task is changing.
+    claims: Claims,
+    /// L1 entries that a task is changing.
+    l1_claims: Claims,
+    backing: Option<Arc<dyn Image>>,
+    pending: Pending,
+    flushing: Coalescer,
+    decompressed: Decompressed,
+}
+
+impl Qcow2 {
+    /// Opens an image whose header was read, checked and found supported, over its backing image.
+    pub(crate) async fn open(
+        io: &Io,
+        file: FileId,
+        mut header: Header,
+        backing: Option<Arc<dyn Image>>,
+        options: Qcow2Options,
+    ) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        if options.writable && header.clear_for_writing() {
+            header.write_features(io, file).await?;
+            io.sync(file).await?;
+        }
+        let geometry = Geometry::new(header.cluster_bits, header.version);
+        let table = read_refcount_table(io, file, &header).await?;
+        let refcounts = Refcounts::new(
+            geometry,
+            header.refcount_order,
+            file,
+            header.refcount_table_offset,
+            table,
+            io.file_len(file)?,
+        );
+        Ok(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            file,
+            writable: options.writable,
+            geometry,
+            size: AtomicU64::new(header.size),
+            l1: L1::new(header.l1_table_offset, header.l1_size),
+            slices: SliceCache::new(options.metadata_cache_size, geometry.slice_bytes()),
+            refcounts,
+            claims: Claims::default(),
+            l1_claims: Claims::default(),
+            backing,
+            pending: Pending::default(),
+            flushing: Coalescer::default(),
+            decompressed: Decompressed::new(
+                DECOMPRESSED_CACHE_BYTES,
+                geometry,
+                header.compression_type(),
+            ),
+            header: Mutex::new(header),
+        })
+    }
+
+    /// What queues' caches know the slice with a cluster's entry by.
+    fn map_key(&self, cluster: u64) -> MapKey {
+        MapKey {
+            image: self.id,
+            slice: self.geometry.slice(cluster),
+        }
+    }
+
+    /// Guest bytes of a range that the backing image has; what follows reads as zeroes.
+    fn in_backing(&self, range: GuestRange) -> GuestRange {
+        let size = self.backing.as_ref().map_or(0, |backing| backing.size());
+        range.take(size.saturating_sub(range.start.0))
+    }
+}
+
+async fn read_refcount_table(io: &Io, file: FileId, header: &Header) -> Result<Vec<u64>> {
+    let bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+    let table = io
+        .read_padded(file, header.refcount_table_offset, bytes as usize)
+        .await?;
+    Ok(table
+        .chunks_exact(8)
+        .map(|entry| header::be64(entry, 0))
+        .collect())
+}
+
+impl Image for Qcow2 {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn topology(&self) -> DiskTopology {
+        let cluster = u32::try_from(self.geometry.cluster_size()).unwrap_or(u32::MAX);
+        DiskTopology {
+            physical_block_size: cluster.min(4096),
+            optimal_io_size: cluster,
+            ..DiskTopology::default()
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            writable: self.writable,
+            discard: self.writable,
+            write_zeroes: self.writable,
+            resize: self.writable,
+            discard_granularity: self.geometry.cluster_size() as u32,
+            secure_erase: false,
+        }
+    }
+
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
+
+    fn backing(&self) -> Option<&Arc<dyn Image>> {
+        self.backing.as_ref()
+    }
+
+    fn data_file(&self) -> FileId {
+        self.file
+    }
+
+    fn try_map(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        cache: &mut MapCache,
+        out: &mut Extents,
+    ) -> Result<()> {
+        self.map_cached(range, intent, cache, out)
+    }
+
+    fn map<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+        out: &'a mut Extents,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.map_loading(io, range, out))
+    }
+
+    fn read_opaque<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+        buffers: &'a Buffers,
+        at: u64,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.read_compressed(io, range, buffers, at))
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+    ) -> LocalFuture<'a, Result<Option<Prepared<'a>>>> {
+        Box::pin(self.prepare_write(io, range))
+    }
+
+    fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.discard_clusters(io, range))
+    }
+
+    fn write_zeroes<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+        may_unmap: bool,
+    ) -> LocalFuture<'a, Result<u64>> {
+        Box::pin(self.zero_clusters(io, range, may_unmap))
+    }
+
+    fn unaligned_zeroes(&self, range: GuestRange) -> u64 {
+        if !self.geometry.zero_flag {
+            return range.len;
+        }
+        let size = self.geometry.cluster_size();
+        let in_cluster = self.geometry.in_cluster(range.start.0);
+        range.len.min(size - in_cluster)
+    }
+
+    fn flush<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.flush_all(io))
+    }
+
+    fn mapping_is_durable(&self, range: GuestRange) -> bool {
+        self.is_mapping_durable(range)
+    }
+
+    fn block_status<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+    ) -> LocalFuture<'a, Result<BlockStatus>> {
+        Box::pin(self.status_of(io, range))
+    }
+
+    fn resize<'a>(&'a self, io: &'a Io, size: u64) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.change_size(io, size))
+    }
+
+    fn write_compressed<'a>(
+        &'a self,
+        io: &'a Io,
+        range: GuestRange,
+        data: &'a [u8],
+    ) -> LocalFuture<'a, Result<bool>> {
+        Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn close<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.close_image(io))
+    }
+}
+
+/// Builds the error for an operation on an image that was opened for reading.
+fn read_only() -> Error {
+    Error::new(crate::ErrorKind::ReadOnly)
+}
+
+impl std::fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qcow2")
+            .field("file", &self.file)
+            .field("size", &self.size())
+            .field("version", &lock(&self.header).version)
+            .finish_non_exhaustive()
+    }
+}
