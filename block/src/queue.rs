@@ -21,7 +21,7 @@ use crate::{
     image::{ExtentKind, Extents, Intent},
     io::{
         AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, NewOp, OpKind, Owner,
-        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned, write_eventfd,
+        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
     },
     serve::{self, Served},
 };
@@ -331,6 +331,7 @@ impl QueueInner {
             result,
             buffers,
         });
+        self.io.driver.undelivered(1);
     }
 }
 
@@ -400,7 +401,7 @@ impl AsyncIo for Queue {
         self.driver().submit();
         if !inner.completed.borrow().is_empty() {
             // Done already: whoever waits for the notifier must come and look.
-            write_eventfd(self.driver().notifier().as_raw_fd());
+            self.driver().notify();
         }
         take
     }
@@ -411,6 +412,7 @@ impl AsyncIo for Queue {
         let count = completed.len();
         out.append(&mut completed);
         self.inner.in_flight.remove(count);
+        self.driver().delivered(count);
         count
     }
 

@@ -209,11 +209,13 @@ pub(crate) struct MapKey {
 /// Places of a queue's cache; a power of two.
 const PLACES: usize = 512;
 
+type Place = Option<(MapKey, Arc<TableSlice>)>;
+
 /// A small direct-mapped cache of table slices that belongs to one queue: a hit touches no shared
 /// lock or count.
 #[derive(Debug)]
 pub struct MapCache {
-    places: Box<[Option<(MapKey, Arc<TableSlice>)>]>,
+    places: Box<[Place]>,
 }
 
 impl Default for MapCache {

@@ -1,5 +1,7 @@
 //! qcow2 against qemu-img and qemu-io.
 
+#![allow(clippy::unwrap_used)]
+
 use block::{DiskFile, Format, OpenOptions, Qcow2Sync};
 use std::{path::Path, process::Command};
 

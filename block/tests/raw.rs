@@ -1,5 +1,7 @@
 //! Raw disks through synchronous calls and through queues.
 
+#![allow(clippy::unwrap_used)]
+
 use block::{
     AsyncDiskFile, DiskFile, ErrorKind, OpenOptions,
     io::{AlignedBuf, AsyncIo, Buffers, Completion, EngineKind, Request, RequestOp},

@@ -67,7 +67,7 @@ pub type Segments = SmallVec<[Segment; 4]>;
 /// What keeps the memory of a scatter list mapped.
 enum Owner {
     /// Memory of somebody else: the guard holds the mapping.
-    Guarded(Arc<dyn Any + Send + Sync>),
+    Guarded { _guard: Arc<dyn Any + Send + Sync> },
     /// Host memory that travels with the request.
     Owned(AlignedBuf),
 }
@@ -140,7 +140,7 @@ impl Buffers {
         Ok(Self {
             segments,
             len: total,
-            owner: Owner::Guarded(guard),
+            owner: Owner::Guarded { _guard: guard },
         })
     }
 
@@ -161,7 +161,7 @@ impl Buffers {
         Self {
             len: segments.iter().map(|s| s.len() as u64).sum(),
             segments,
-            owner: Owner::Guarded(guard),
+            owner: Owner::Guarded { _guard: guard },
         }
     }
 
@@ -188,7 +188,7 @@ impl Buffers {
     pub fn into_owned(self) -> Option<AlignedBuf> {
         match self.owner {
             Owner::Owned(buf) => Some(buf),
-            Owner::Guarded(_) => None,
+            Owner::Guarded { .. } => None,
         }
     }
 
@@ -197,7 +197,7 @@ impl Buffers {
     pub fn as_owned(&self) -> Option<&AlignedBuf> {
         match &self.owner {
             Owner::Owned(buf) => Some(buf),
-            Owner::Guarded(_) => None,
+            Owner::Guarded { .. } => None,
         }
     }
 

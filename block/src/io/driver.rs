@@ -7,7 +7,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::Future,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     pin::{Pin, pin},
     ptr,
     rc::{Rc, Weak},
@@ -156,9 +156,14 @@ pub(crate) struct Driver {
     simulated: bool,
     // Boxed: the engine is given addresses inside an operation, which must stay.
     ops: RefCell<Slab<Box<Op>>>,
+    #[expect(clippy::vec_box, reason = "the boxes are what is kept")]
     spare: RefCell<Vec<Box<Op>>>,
     backlog: RefCell<VecDeque<Key>>,
     unsubmitted: Cell<bool>,
+    /// Somebody may sleep on the notifier.
+    notifying: Cell<bool>,
+    /// Completions that no queue was given yet.
+    undelivered: Cell<usize>,
     finished: RefCell<Vec<(Token, i32)>>,
     tasks: RefCell<Slab<Task>>,
     wakes: Arc<WakeQueue>,
@@ -172,8 +177,9 @@ const MAX_SPARE: usize = 1024;
 impl Driver {
     /// A driver over an engine, on the thread that made the engine.
     pub(crate) fn new(engine: Box<dyn Engine>) -> Result<Rc<Self>> {
+        // Only who asks for the notifier itself makes the engine write it for every completion.
         let notifier = engine
-            .notifier()
+            .waker()
             .try_clone_to_owned()
             .map_err(|error| Error::from(error).operation("duplicate notifier"))?;
         Ok(Rc::new(Self {
@@ -184,6 +190,8 @@ impl Driver {
             spare: RefCell::default(),
             backlog: RefCell::default(),
             unsubmitted: Cell::new(false),
+            notifying: Cell::new(false),
+            undelivered: Cell::new(0),
             finished: RefCell::default(),
             tasks: RefCell::default(),
             wakes: Arc::new(WakeQueue {
@@ -240,10 +248,35 @@ impl Driver {
     }
 
     /// The descriptor that becomes readable when a [`turn`](Self::turn) is due. It lives as long as
-    /// the driver.
+    /// the driver. From the first call on, completions are signalled to it.
     pub(crate) fn notifier(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
+        if !self.notifying.replace(true) {
+            let engine = self.engine.borrow();
+            let _ = engine.notifier();
+        }
         self.wakes.notifier.as_fd()
+    }
+
+    /// Completions were put aside for a queue.
+    pub(crate) fn undelivered(&self, completions: usize) {
+        self.undelivered.set(self.undelivered.get() + completions);
+    }
+
+    /// A queue was given completions. Others of this thread may have some too, found in the same
+    /// turn: they share the notifier, so it stays readable.
+    pub(crate) fn delivered(&self, completions: usize) {
+        let left = self.undelivered.get().saturating_sub(completions);
+        self.undelivered.set(left);
+        if left > 0 {
+            self.notify();
+        }
+    }
+
+    /// Makes the notifier readable, if somebody asked for it.
+    pub(crate) fn notify(&self) {
+        if self.notifying.get() {
+            super::fsinfo::write_eventfd(self.wakes.notifier.as_raw_fd());
+        }
     }
 
     /// Starts an operation. Its memory must stay valid until it ended: it is either the operation's

@@ -159,6 +159,9 @@ impl HostFile {
             )
             .path(path));
         }
+        // It was there so that opening never waits; I/O would fail with it on some file systems.
+        fsinfo::clear_nonblocking(&file)
+            .map_err(|error| Error::from(error).operation("set flags").path(path))?;
         let alignment = if options.direct {
             fsinfo::direct_io_alignment(&file, &metadata)
         } else {

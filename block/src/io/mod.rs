@@ -43,7 +43,6 @@ pub(crate) use self::core::DiskCore;
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
 pub(crate) use driver::{Driver, NewOp, OpKind, Owner, RequestSink};
-pub(crate) use fsinfo::write_eventfd;
 pub(crate) use handle::is_aligned;
 pub(crate) use pins::{Drained, Pin};
 pub(crate) use slab::{Key, Slab};

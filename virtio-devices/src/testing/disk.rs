@@ -283,6 +283,14 @@ impl MockDisk {
         state.batches.clear();
     }
 
+    /// Changes what is on the disk, behind everybody's back.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        self.state().data[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Everything on the disk.
     #[must_use]
     pub fn contents(&self) -> Vec<u8> {

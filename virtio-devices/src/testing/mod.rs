@@ -7,6 +7,8 @@
 mod disk;
 mod interrupt;
 mod io;
+mod null;
 
 pub use disk::{Logged, MockDisk, MockDiskConfig};
 pub use interrupt::CountingInterrupt;
+pub use null::NullDisk;

@@ -7,8 +7,9 @@ use vm_memory::{
 
 use super::{
     QueueFault,
-    ring::{DESCRIPTOR, RingView, contiguous},
+    ring::{DESCRIPTOR, RingView},
 };
+use crate::memory::Window;
 
 /// A run of guest memory that a chain names. Nothing says that it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +57,7 @@ impl Chain {
     pub(crate) fn read<M: GuestMemory, B: BitmapSlice>(
         &mut self,
         view: &RingView<'_, B>,
-        memory: &M,
+        window: &mut Window<'_, M>,
         head: u16,
         size: u16,
         indirect_limit: usize,
@@ -76,7 +77,7 @@ impl Chain {
                 if descriptor.has_next() {
                     return Err(QueueFault::BrokenIndirect { head });
                 }
-                return self.read_indirect(memory, head, descriptor, indirect_limit);
+                return self.read_indirect(window, head, descriptor, indirect_limit);
             }
             self.push(&descriptor);
             if !descriptor.has_next() {
@@ -89,7 +90,7 @@ impl Chain {
 
     fn read_indirect<M: GuestMemory>(
         &mut self,
-        memory: &M,
+        window: &mut Window<'_, M>,
         head: u16,
         table: Descriptor,
         limit: usize,
@@ -101,14 +102,14 @@ impl Chain {
             return Err(broken);
         }
         // Almost always one piece of host memory; a table across two regions is read in pieces.
-        let slice = contiguous(memory, table.addr(), bytes, Permissions::Read);
+        let slice = window.get(table.addr(), bytes, Permissions::Read);
         let read = |index: usize| -> Option<Descriptor> {
             let offset = DESCRIPTOR * index;
             match &slice {
                 Some(slice) => slice.get_ref(offset).ok().map(|slot| slot.load()),
                 None => {
                     let address = table.addr().0.checked_add(offset as u64)?;
-                    memory.read_obj(GuestAddress(address)).ok()
+                    window.memory().read_obj(GuestAddress(address)).ok()
                 }
             }
         };

@@ -10,6 +10,7 @@ use vm_memory::{
 };
 
 use super::{QueueFault, QueueSnapshot};
+use crate::memory::Window;
 
 /// Bytes of a descriptor.
 pub(crate) const DESCRIPTOR: usize = 16;
@@ -68,19 +69,26 @@ impl SplitRing {
         &self.snapshot
     }
 
+    /// Where a window on all rings best starts.
+    pub(crate) fn lowest_address(&self) -> u64 {
+        let rings = &self.snapshot;
+        rings.desc_table.min(rings.avail_ring).min(rings.used_ring)
+    }
+
     /// Takes the entry that was just read.
     pub(crate) fn advance(&mut self) {
         self.snapshot.next_avail = self.snapshot.next_avail.wrapping_add(1);
     }
 
-    /// The rings in this map of guest memory.
+    /// The rings as host memory.
     pub(crate) fn view<'m, M: GuestMemory>(
         &self,
-        memory: &'m M,
+        window: &mut Window<'m, M>,
     ) -> Result<RingView<'m, BS<'m, M::Bitmap>>, QueueFault> {
         let size = usize::from(self.snapshot.size);
-        let ring = |address: u64, len: usize, access| {
-            contiguous(memory, GuestAddress(address), len, access)
+        let mut ring = |address: u64, len: usize, access| {
+            window
+                .get(GuestAddress(address), len, access)
                 .ok_or(QueueFault::RingOutsideMemory { address })
         };
         Ok(RingView {
@@ -277,15 +285,4 @@ impl<B: BitmapSlice> RingView<'_, B> {
             .ok()
             .map(|slot| slot.load())
     }
-}
-
-/// A range of guest memory that is one piece of host memory.
-pub(crate) fn contiguous<M: GuestMemory>(
-    memory: &M,
-    address: GuestAddress,
-    len: usize,
-    access: Permissions,
-) -> Option<VolatileSlice<'_, BS<'_, M::Bitmap>>> {
-    let slice = memory.get_slices(address, len, access).ok()?.next()?.ok()?;
-    (slice.len() == len).then_some(slice)
 }

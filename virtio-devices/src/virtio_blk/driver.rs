@@ -216,7 +216,7 @@ impl Driver {
         }
         let layout = config.layout();
         let slice =
-            crate::virtio::ring::contiguous(&**memory, base, layout.bytes, Permissions::ReadWrite)
+            crate::memory::contiguous(&**memory, base, layout.bytes, Permissions::ReadWrite)
                 .ok_or_else(|| {
                     Error::Config(format!(
                         "the driver's {} bytes at {:#x} are not in one piece of guest memory",

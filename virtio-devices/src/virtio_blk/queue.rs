@@ -9,9 +9,10 @@ use block::{
     ErrorKind,
     io::{Buffers, Completion, RequestOp},
 };
+use smallvec::SmallVec;
 use virtio_queue::Queue;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, Permissions,
+    GuestAddress, GuestMemory, Permissions, VolatileMemory,
     bitmap::{BS, Bitmap},
 };
 
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     Error, Interrupt, MemorySource, Result,
-    memory::QueueMemory,
+    memory::{QueueMemory, Window},
     stats::{Op, QueueStats},
     virtio::{Chain, InflightTracker, QueueFault, QueueSnapshot, ring::RingView, ring::SplitRing},
     worker::{Batch, Drained, FrontEnd, Worker},
@@ -82,6 +83,19 @@ impl Slot {
         self.data.clear();
     }
 
+    /// Writes the status; returns the used length.
+    fn finish<M: GuestMemory>(&self, window: &mut Window<'_, M>) -> u32 {
+        let status = self
+            .status_at
+            .and_then(|address| window.get(address, 1, Permissions::Write))
+            .and_then(|slice| slice.get_ref(0).map(|byte| byte.store(self.status)).ok());
+        match status {
+            None => 0,
+            Some(()) if self.status == OK => self.written.saturating_add(1),
+            Some(()) => 1,
+        }
+    }
+
     /// The id of its block requests.
     fn id(&self, head: u16) -> u64 {
         u64::from(self.generation) << 16 | u64::from(head)
@@ -99,14 +113,17 @@ pub struct BlkQueue<S: MemorySource> {
     tracker: Option<Box<dyn InflightTracker>>,
     stats: Arc<QueueStats>,
     slots: Box<[Slot]>,
-    /// Ended and not yet posted: the head, and the bytes written to the guest.
-    ended: Vec<(u16, u32)>,
+    /// Heads that have ended and are not yet posted.
+    ended: Vec<u16>,
     outstanding: usize,
     broken: Option<QueueFault>,
     epoch: Instant,
     indirect_limit: usize,
     chain: Chain,
     scratch: Scratch,
+    /// Where the windows on rings and headers, and on data, started last.
+    control_from: u64,
+    data_from: u64,
 }
 
 impl<S: MemorySource> BlkQueue<S> {
@@ -125,7 +142,9 @@ impl<S: MemorySource> BlkQueue<S> {
         let event_idx = shared.acked(feature::EVENT_IDX);
         let ring = SplitRing::new(queue, event_idx).map_err(fault)?;
         let memory = Arc::new(QueueMemory(source.load()));
-        ring.view(&*memory).map_err(fault)?;
+        let control_from = ring.lowest_address();
+        ring.view(&mut Window::new(&*memory, control_from))
+            .map_err(fault)?;
         // A front end may give the driver a smaller queue than ours after telling it our `seg_max`:
         // its indirect tables may then be longer than its queue.
         let indirect_limit =
@@ -136,6 +155,7 @@ impl<S: MemorySource> BlkQueue<S> {
             shared,
             index,
             ring,
+            control_from,
             source,
             memory,
             interrupt,
@@ -147,6 +167,7 @@ impl<S: MemorySource> BlkQueue<S> {
             indirect_limit,
             chain: Chain::default(),
             scratch: Scratch::default(),
+            data_from: 0,
         })
     }
 
@@ -184,10 +205,29 @@ impl<S: MemorySource> BlkQueue<S> {
         self.interrupt.queue_broken(self.index, fault);
     }
 
-    /// Takes requests from the ring while there are any and the batch has room.
+    /// Takes requests from the ring while there are any and the batch has room; returns whether it
+    /// had none left.
     fn take(&mut self, batch: &mut Batch, taken: &mut usize) -> Result<bool, QueueFault> {
         let memory = Arc::clone(&self.memory);
-        let view = self.ring.view(&*memory)?;
+        let mut guest = Guest {
+            control: Window::new(&*memory, self.control_from),
+            data: None,
+            data_from: self.data_from,
+            memory: &memory,
+        };
+        let full = self.take_from(&mut guest, batch, taken);
+        self.control_from = guest.control.start();
+        self.data_from = guest.data.map_or(guest.data_from, |data| data.start());
+        full
+    }
+
+    fn take_from(
+        &mut self,
+        guest: &mut Guest<'_, S::M>,
+        batch: &mut Batch,
+        taken: &mut usize,
+    ) -> Result<bool, QueueFault> {
+        let view = self.ring.view(&mut guest.control)?;
         let mut available = self.ring.available(&view)?;
         if available == 0 {
             return Ok(false);
@@ -209,7 +249,7 @@ impl<S: MemorySource> BlkQueue<S> {
                 if let Some(tracker) = &mut self.tracker {
                     tracker.popped(head);
                 }
-                self.start(head, now, &view, &memory, batch)?;
+                self.start(head, now, &view, guest, batch)?;
                 *taken += 1;
                 available -= 1;
             }
@@ -229,17 +269,18 @@ impl<S: MemorySource> BlkQueue<S> {
         head: u16,
         now: u64,
         view: &RingView<'_, BS<'_, <S::M as GuestMemory>::Bitmap>>,
-        memory: &Arc<QueueMemory<S::M>>,
+        guest: &mut Guest<'_, S::M>,
         batch: &mut Batch,
     ) -> Result<(), QueueFault> {
+        let size = self.ring.size();
         self.chain
-            .read(view, &**memory, head, self.ring.size(), self.indirect_limit)?;
+            .read(view, &mut guest.control, head, size, self.indirect_limit)?;
         self.outstanding += 1;
         let slot = &mut self.slots[usize::from(head)];
         slot.begin(now, request::status_address(&self.chain));
         let action = request::parse(
             &self.chain,
-            &**memory,
+            &mut guest.control,
             &self.shared,
             &mut slot.data,
             &mut self.scratch,
@@ -252,7 +293,7 @@ impl<S: MemorySource> BlkQueue<S> {
             Action::Read { offset, len } => {
                 slot.op = Op::Read;
                 slot.bytes = len;
-                match guest_buffers(memory, &slot.data, Permissions::Write) {
+                match guest.buffers(&slot.data, Permissions::Write) {
                     Ok(buffers) => {
                         slot.written = len as u32;
                         batch.push(id, RequestOp::Read { offset, buffers });
@@ -263,18 +304,16 @@ impl<S: MemorySource> BlkQueue<S> {
             Action::Write { offset, len } => {
                 slot.op = Op::Write;
                 slot.bytes = len;
-                match guest_buffers(memory, &slot.data, Permissions::Read) {
-                    Ok(buffers) => {
-                        let fua = write_through;
-                        batch.push(
-                            id,
-                            RequestOp::Write {
-                                offset,
-                                buffers,
-                                fua,
-                            },
-                        );
-                    }
+                let fua = write_through;
+                match guest.buffers(&slot.data, Permissions::Read) {
+                    Ok(buffers) => batch.push(
+                        id,
+                        RequestOp::Write {
+                            offset,
+                            buffers,
+                            fua,
+                        },
+                    ),
                     Err(_) => slot.status = IOERR,
                 }
             }
@@ -295,13 +334,14 @@ impl<S: MemorySource> BlkQueue<S> {
                 slot.op = Op::WriteZeroes;
                 slot.flush_after = write_through;
                 for range in &self.scratch.ranges {
-                    slot.bytes += range.len;
+                    let (offset, len, may_unmap) = (range.offset, range.len, range.unmap);
+                    slot.bytes += len;
                     batch.push(
                         id,
                         RequestOp::WriteZeroes {
-                            offset: range.offset,
-                            len: range.len,
-                            may_unmap: range.unmap,
+                            offset,
+                            len,
+                            may_unmap,
                         },
                     );
                 }
@@ -318,51 +358,35 @@ impl<S: MemorySource> BlkQueue<S> {
         }
         slot.pending = (batch.len() - before) as u32;
         if slot.pending == 0 {
-            self.end(head);
+            self.ended.push(head);
         }
         Ok(())
     }
 
-    /// Writes the status of a request; what remains is to post it.
-    fn end(&mut self, head: u16) {
-        let slot = &mut self.slots[usize::from(head)];
-        if slot.op == Op::Read {
-            // Also after an error: some of it may have been filled.
-            mark_dirty(&*self.memory, &slot.data);
-        }
-        let ok = slot.status == OK;
-        let mut written = 0;
-        if let Some(address) = slot.status_at
-            && self.memory.write_slice(&[slot.status], address).is_ok()
-        {
-            written = if ok {
-                slot.written.saturating_add(1)
-            } else {
-                1
-            };
-        }
-        tracing::trace!(
-            target: "platter::virtio_blk",
-            queue = self.index, head, status = slot.status, written, "end"
-        );
-        self.ended.push((head, written));
-    }
-
-    /// Publishes everything in `ended` with one store of the used index.
+    /// Writes the statuses of everything in `ended`, and publishes it with one store of the used
+    /// index.
     fn publish(&mut self) -> Result<(), QueueFault> {
         let memory = Arc::clone(&self.memory);
-        let view = self.ring.view(&*memory)?;
+        let mut window = Window::new(&*memory, self.control_from);
+        let view = self.ring.view(&mut window)?;
         let count = self.ended.len() as u16;
-        for (ahead, (head, written)) in self.ended.iter().enumerate() {
-            self.ring.write_used(&view, ahead as u16, *head, *written)?;
+        for (ahead, &head) in self.ended.iter().enumerate() {
+            let slot = &self.slots[usize::from(head)];
+            let written = slot.finish(&mut window);
+            tracing::trace!(
+                target: "platter::virtio_blk",
+                queue = self.index, head, status = slot.status, written, "end"
+            );
+            self.ring.write_used(&view, ahead as u16, head, written)?;
         }
+        self.control_from = window.start();
         if let Some(tracker) = &mut self.tracker {
-            tracker.publishing(&mut self.ended.iter().map(|(head, _)| *head));
+            tracker.publishing(&mut self.ended.iter().copied());
         }
         self.ring.publish(&view, count)?;
         if let Some(tracker) = &mut self.tracker {
             let used = self.ring.snapshot().next_used;
-            tracker.published(&mut self.ended.iter().map(|(head, _)| *head), used);
+            tracker.published(&mut self.ended.iter().copied(), used);
         }
         if self.ring.wants_interrupt(&view, count)? {
             self.signal();
@@ -382,9 +406,13 @@ impl<S: MemorySource> BlkQueue<S> {
     fn forget_ended(&mut self, posted: bool) -> usize {
         let now = if posted { self.now() } else { 0 };
         let count = self.ended.len();
-        for (head, _) in self.ended.drain(..) {
+        for head in self.ended.drain(..) {
             let slot = &mut self.slots[usize::from(head)];
             slot.busy = false;
+            if slot.op == Op::Read {
+                // Also after an error: some of it may have been filled.
+                mark_dirty(&*self.memory, &slot.data);
+            }
             if posted {
                 let took = now.saturating_sub(slot.started);
                 self.stats
@@ -399,13 +427,19 @@ impl<S: MemorySource> BlkQueue<S> {
     fn replay(&mut self, heads: &[u16], batch: &mut Batch) -> Result<(), QueueFault> {
         self.refresh_memory();
         let memory = Arc::clone(&self.memory);
-        let view = self.ring.view(&*memory)?;
+        let mut guest = Guest {
+            control: Window::new(&*memory, self.control_from),
+            data: None,
+            data_from: self.data_from,
+            memory: &memory,
+        };
+        let view = self.ring.view(&mut guest.control)?;
         let now = self.now();
         for &head in heads {
             match self.slots.get(usize::from(head)) {
                 None => return Err(QueueFault::HeadOutOfRange { head }),
                 Some(slot) if slot.busy => return Err(QueueFault::DuplicateHead { head }),
-                Some(_) => self.start(head, now, &view, &memory, batch)?,
+                Some(_) => self.start(head, now, &view, &mut guest, batch)?,
             }
         }
         Ok(())
@@ -454,7 +488,7 @@ impl<S: MemorySource> FrontEnd for BlkQueue<S> {
             batch.push(completion.id, RequestOp::Flush);
             return;
         }
-        self.end(head);
+        self.ended.push(head);
     }
 
     fn post(&mut self) -> usize {
@@ -474,7 +508,7 @@ impl<S: MemorySource> FrontEnd for BlkQueue<S> {
         let memory = Arc::clone(&self.memory);
         let more = self
             .ring
-            .view(&*memory)
+            .view(&mut Window::new(&*memory, self.control_from))
             .and_then(|view| self.ring.rearm(&view));
         more.unwrap_or_else(|fault| {
             self.break_queue(fault);
@@ -535,16 +569,42 @@ impl<S: MemorySource> Worker<BlkQueue<S>> {
     }
 }
 
-/// The guest memory of a read or write, for the disk.
-fn guest_buffers<M: GuestMemory + Send + Sync + 'static>(
-    memory: &Arc<QueueMemory<M>>,
-    data: &Data,
-    access: Permissions,
-) -> Result<Buffers, ErrorKind> {
-    let ranges = data
-        .iter()
-        .map(|segment| (segment.address, segment.len as usize));
-    Buffers::guest(memory, ranges, access)
+/// Guest memory for the requests of one batch.
+struct Guest<'m, M: GuestMemory> {
+    /// Rings, headers, indirect tables.
+    control: Window<'m, QueueMemory<M>>,
+    /// Data, often in another region.
+    data: Option<Window<'m, QueueMemory<M>>>,
+    data_from: u64,
+    memory: &'m Arc<QueueMemory<M>>,
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Guest<'_, M> {
+    /// The memory of a read or write, for the disk.
+    fn buffers(&mut self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
+        let window = self
+            .data
+            .get_or_insert_with(|| Window::new(&**self.memory, self.data_from));
+        let mut segments = SmallVec::<[(*mut u8, usize); 4]>::new();
+        for segment in data {
+            match window.get(segment.address, segment.len as usize, access) {
+                Some(slice) => segments.push((slice.ptr_guard_mut().as_ptr(), slice.len())),
+                // In pieces, or nowhere.
+                None => return self.buffers_in_pieces(data, access),
+            }
+        }
+        let guard = Arc::clone(self.memory);
+        // SAFETY: each segment was just looked up in the memory that `guard` keeps mapped, and
+        // nobody holds a reference to guest memory.
+        Ok(unsafe { Buffers::from_raw(segments, guard) })
+    }
+
+    fn buffers_in_pieces(&self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
+        let ranges = data
+            .iter()
+            .map(|segment| (segment.address, segment.len as usize));
+        Buffers::guest(self.memory, ranges, access)
+    }
 }
 
 /// Marks what the disk may have filled, because the kernel does not. Free without a bitmap.

@@ -5,13 +5,14 @@
 
 use smallvec::SmallVec;
 use virtio_bindings::bindings::virtio_blk as spec;
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use super::{
     ID_BYTES, Shared,
     config::{SECTOR, feature},
 };
 use crate::{
+    memory::Window,
     stats::Op,
     virtio::{Chain, Segment},
 };
@@ -74,7 +75,7 @@ pub(crate) fn status_address(chain: &Chain) -> Option<GuestAddress> {
 /// Works out what `chain` asks for. Data of reads and writes is appended to `data`.
 pub(crate) fn parse<M: GuestMemory>(
     chain: &Chain,
-    memory: &M,
+    window: &mut Window<'_, M>,
     shared: &Shared,
     data: &mut Data,
     scratch: &mut Scratch,
@@ -92,10 +93,10 @@ pub(crate) fn parse<M: GuestMemory>(
     {
         return failed(Op::Other);
     }
-    let mut header = [0; HEADER];
-    if gather(memory, chain.readable(), &mut header).is_none() {
+    let Some(header) = header(chain.readable(), window) else {
         return failed(Op::Other);
-    }
+    };
+    let memory = window.memory();
     let kind = le32(&header, 0);
     let sector = le64(&header, 8);
     let readable = chain.readable_len() - HEADER as u64;
@@ -142,11 +143,30 @@ pub(crate) fn parse<M: GuestMemory>(
     }
 }
 
+/// The first 16 readable bytes.
+fn header<M: GuestMemory>(
+    segments: &[Segment],
+    window: &mut Window<'_, M>,
+) -> Option<[u8; HEADER]> {
+    let first = segments.first()?;
+    if first.len as usize >= HEADER
+        && let Some(slice) = window.get(first.address, HEADER, Permissions::Read)
+    {
+        let header = slice.get_ref::<u128>(0).ok()?.load();
+        return Some(header.to_ne_bytes());
+    }
+    let mut header = [0; HEADER];
+    gather(window.memory(), segments, &mut header)?;
+    Some(header)
+}
+
 /// The first byte of a read or write, if it is whole sectors inside the disk.
 fn io_offset(sector: u64, len: u64, shared: &Shared) -> Option<u64> {
-    let sectors = len / SECTOR;
-    let end = sector.checked_add(sectors)?;
-    (len.is_multiple_of(SECTOR) && end <= shared.capacity()).then_some(sector * SECTOR)
+    let end = sector.checked_add(len / SECTOR)?;
+    if !len.is_multiple_of(SECTOR) || end > shared.capacity() {
+        return None;
+    }
+    sector.checked_mul(SECTOR)
 }
 
 fn done_if_empty(action: Action, op: Op, len: u64) -> Action {

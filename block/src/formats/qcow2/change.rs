@@ -5,13 +5,14 @@ use std::sync::atomic::Ordering;
 use super::{
     Qcow2,
     flush::Punch,
-    header::{MAX_L1_SIZE, be64},
+    header::{Header, MAX_L1_SIZE},
     l2::{Entry, ZERO, decode},
     read_only,
 };
 use crate::{
     Error, GuestRange, Result,
     io::{AlignedBuf, Io},
+    sync::lock,
 };
 
 /// Clusters changed under one claim.
@@ -198,58 +199,67 @@ impl Qcow2 {
         }
         self.settle(io).await?;
         let old_size = self.size.load(Ordering::Acquire);
+        let mut header = lock(&self.header).clone();
         if size < old_size {
             let cluster_size = self.geometry.cluster_size();
             let first = size.div_ceil(cluster_size);
             let end = old_size.div_ceil(cluster_size);
             self.change_clusters(io, first, end, Becomes::Gone).await?;
-            self.settle(io).await?;
         } else {
-            self.zero_grown_tail(io, old_size, size).await?;
+            let entries = header.l1_entries_for(size);
+            if entries > self.l1.entries() {
+                self.move_l1(io, entries, size, &mut header).await?;
+            }
+            self.cover_backing(io, old_size, size).await?;
         }
-        let mut header = crate::sync::lock(&self.header).clone();
-        let entries = header.l1_entries_for(size);
-        let old = (self.l1.offset(), self.l1.entries());
-        let moved = entries > old.1;
-        if moved {
-            let offset = self.grow_l1(io, entries, size).await?;
-            header.l1_table_offset = offset;
-            header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);
-        }
+        self.settle(io).await?;
         header.size = size;
-        io.sync(self.file).await?;
         header.write(io, self.file).await?;
         io.sync(self.file).await?;
-        if moved {
-            let bytes = old.1 * 8;
-            self.slices.retire(old.0, old.0 + bytes.max(1));
-            self.l1.set(header.l1_table_offset, header.l1_size);
-            let clusters = bytes.div_ceil(self.geometry.cluster_size());
-            if clusters > 0 {
-                self.refcounts
-                    .release(io, old.0 >> self.geometry.cluster_bits, clusters)
-                    .await?;
-            }
-        }
         self.size.store(size, Ordering::Release);
-        *crate::sync::lock(&self.header) = header;
-        self.settle(io).await
+        *lock(&self.header) = header;
+        Ok(())
     }
 
-    /// The rest of the last cluster and what the backing file has beyond the old end must not
-    /// appear when the disk grows.
-    async fn zero_grown_tail(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
+    /// What the backing file has beyond the old end must not appear when the disk grows.
+    async fn cover_backing(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
         let grown = GuestRange::new(old_size, size - old_size);
         if self.in_backing(grown).len == 0 {
             return Ok(());
         }
-        Err(Error::unsupported(format!(
-            "growing to {size} bytes would uncover data of the backing file beyond the old end, {old_size} bytes"
-        )))
+        let in_last = self.geometry.in_cluster(old_size);
+        let last = self.geometry.cluster(grown.start);
+        let partial = in_last != 0 && self.entry(io, last).await? == Entry::Unallocated;
+        if !self.geometry.zero_flag || partial {
+            return Err(Error::unsupported(format!(
+                "size: growing from {old_size} to {size} bytes would uncover data of the backing file"
+            )));
+        }
+        let cluster_size = self.geometry.cluster_size();
+        let first = old_size.div_ceil(cluster_size);
+        let end = size.div_ceil(cluster_size);
+        self.change_clusters(io, first, end, Becomes::ZeroUnmapped)
+            .await
+    }
+
+    /// Moves the L1 table to where it has room for more entries.
+    async fn move_l1(&self, io: &Io, entries: u64, size: u64, header: &mut Header) -> Result<()> {
+        let (old_offset, old_bytes) = (self.l1.offset(), self.l1.entries() * 8);
+        header.l1_table_offset = self.copy_l1(io, entries, size).await?;
+        header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);
+        header.write(io, self.file).await?;
+        io.sync(self.file).await?;
+        self.slices
+            .retire(old_offset, old_offset + old_bytes.max(1));
+        self.l1.set(header.l1_table_offset, header.l1_size);
+        *lock(&self.header) = header.clone();
+        let clusters = old_bytes.div_ceil(self.geometry.cluster_size());
+        let first = old_offset >> self.geometry.cluster_bits;
+        self.refcounts.release(io, first, clusters).await
     }
 
     /// Writes a longer L1 table to a new place; returns where.
-    async fn grow_l1(&self, io: &Io, entries: u64, size: u64) -> Result<u64> {
+    async fn copy_l1(&self, io: &Io, entries: u64, size: u64) -> Result<u64> {
         let bytes = entries * 8;
         if bytes > MAX_L1_SIZE {
             return Err(Error::invalid_argument(format!(
@@ -264,7 +274,6 @@ impl Qcow2 {
             .await?;
         let mut table = AlignedBuf::zeroed((clusters << self.geometry.cluster_bits) as usize);
         table[..old_bytes].copy_from_slice(&old);
-        debug_assert!(old_bytes < 8 || be64(&old, 0) == be64(&table, 0));
         let offset = self.geometry.start(run.first);
         io.write(self.file, offset, table).await?;
         // The reference counts of the new table, and the table, are durable before the header

@@ -81,9 +81,7 @@ impl Qcow2 {
     /// The part of a range before a guest cluster.
     pub(super) fn until(&self, range: GuestRange, end_cluster: u64) -> GuestRange {
         // Beyond 2^64 there is no cluster: the range ends before.
-        let end = end_cluster
-            .checked_mul(self.geometry.cluster_size())
-            .unwrap_or(u64::MAX);
+        let end = end_cluster.saturating_mul(self.geometry.cluster_size());
         range.take(end - range.start.0)
     }
 

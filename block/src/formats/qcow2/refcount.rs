@@ -129,7 +129,7 @@ impl Refcounts {
 
     /// Counts in one block.
     fn block_len(&self) -> u64 {
-        self.geometry.cluster_size() * 8 >> self.order
+        (self.geometry.cluster_size() * 8) >> self.order
     }
 
     /// The largest count.
