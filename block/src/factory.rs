@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
+    AsyncDiskFile, Disk, Error, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
         qcow2::{Qcow2, Qcow2Options, header::Header},

@@ -214,11 +214,6 @@ impl Driver {
         self.simulated
     }
 
-    /// The engine's name.
-    pub(crate) fn engine_name(&self) -> &'static str {
-        self.engine.borrow().name()
-    }
-
     /// Makes a file known to the engine.
     pub(crate) fn register(&self, file: &Arc<super::HostFile>) -> Result<EngineFile> {
         self.engine.borrow_mut().register(file)
