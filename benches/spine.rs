@@ -13,8 +13,8 @@ use std::{
 use block::{
     Disk, DiskFile, Format, Locking, OpenOptions,
     formats::qcow2::create::{CreateOptions, create},
-    io::{AlignedBuf, EngineKind, FileOptions},
-    offline,
+    io::{AlignedBuf, EngineKind},
+    offline::{self, OfflineOptions},
 };
 use platter_benches::{
     Direction, Result, Work,
@@ -165,19 +165,15 @@ impl Images {
         match format {
             Format::Raw => fs::File::create(&path)?.set_len(self.size)?,
             Format::Qcow2 => {
-                let file = FileOptions {
-                    write: true,
-                    create: true,
-                    ..FileOptions::default()
-                };
                 let image = CreateOptions {
                     size: self.size,
                     ..CreateOptions::default()
                 };
-                offline::with_file(&path, file, EngineKind::Sync, async |io, file| {
+                offline::with_file(&path, OfflineOptions::create(), async |io, file| {
                     create(io, file, &image).await
                 })?;
             }
+            other => return Err(format!("no {other} image is made here").into()),
         }
         let disk = open(&path, format, direct)?;
         let mut random = Random::seeded(1);
