@@ -28,6 +28,7 @@ pub mod gate;
 pub mod hooks;
 pub mod image;
 pub mod io;
+mod locking;
 pub mod offline;
 pub mod options;
 mod queue;
