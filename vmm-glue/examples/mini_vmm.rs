@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use block::{DiskFile, Format, OpenOptions};
+use block::{Format, OpenOptions};
 use virtio_devices::virtio_blk::{
     VirtioBlkConfig,
     driver::{Driver, DriverConfig},
