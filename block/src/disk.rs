@@ -118,9 +118,12 @@ impl Disk {
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
         let named = |error: Error| error.path(&self.shared.core.path);
-        serve::check(served, op).map_err(|kind| named(describe(kind, op, served.image.size())))?;
-        self.with_pin(async |io| serve::serve(served, io, op).await)
-            .map_err(named)
+        self.with_pin(async |io| {
+            // Under the pin: a resize would have to wait.
+            serve::check(served, op).map_err(|kind| describe(kind, op, served.image.size()))?;
+            serve::serve(served, io, op).await
+        })
+        .map_err(named)
     }
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
