@@ -149,11 +149,6 @@ impl Disk {
             work(io).await
         })
     }
-
-    /// The image, for maintenance of its own format.
-    pub(crate) fn served(&self) -> &Served {
-        &self.shared.served
-    }
 }
 
 /// The full error for a request of which only the kind of its failure is known.

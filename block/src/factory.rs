@@ -3,11 +3,10 @@
 use std::{
     path::Path,
     sync::{Arc, atomic::AtomicBool},
-    time::{Duration, Instant},
 };
 
 use crate::{
-    AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
+    AsyncDiskFile, Disk, Error, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
         qcow2::{Qcow2, Qcow2Options, header::Header},
@@ -15,10 +14,8 @@ use crate::{
     },
     hooks::Hooks,
     image::Image,
-    io::{
-        Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, HostFile, Io, LockError,
-        OsHost, Pool,
-    },
+    io::{Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, Io, OsHost, Pool},
+    locking::lock_image,
     options::{Backing, CacheMode, Locking},
     serve::{Policy, Served},
     sync::LocalFuture,
@@ -26,16 +23,6 @@ use crate::{
 
 /// The longest backing chain that opens.
 const MAX_CHAIN: usize = 200;
-
-/// Pause between attempts to lock an image that another process still holds.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-/// Permissions as QEMU numbers them, for its image locks.
-mod permission {
-    pub(super) const CONSISTENT_READ: u64 = 1 << 0;
-    pub(super) const WRITE: u64 = 1 << 1;
-    pub(super) const RESIZE: u64 = 1 << 3;
-}
 
 /// Opens the image at `path` with the default options: detected format, writable, io_uring.
 ///
@@ -94,7 +81,12 @@ impl OpenOptions {
         let core = DiskCore::new(path, host, pool);
         let contexts = Contexts::default();
         let file = core.host.open(path, self.file_options(!self.read_only))?;
-        self.lock(&file, !self.read_only)?;
+        lock_image(
+            &file,
+            !self.read_only,
+            self.effective_locking(),
+            self.lock_wait,
+        )?;
         let id = core.add_file(file, FileRole::Clusters);
         let opened = contexts.block_on(&core, async |io| {
             let opener = Opener { io, options: self };
@@ -117,52 +109,19 @@ impl OpenOptions {
         Ok(Disk::new(core, served, contexts, self.engine))
     }
 
+    fn effective_locking(&self) -> Locking {
+        if self.force_share {
+            Locking::Off
+        } else {
+            self.locking
+        }
+    }
+
     fn file_options(&self, write: bool) -> FileOptions {
         FileOptions {
             write,
             direct: self.is_direct(),
             ..FileOptions::default()
-        }
-    }
-
-    /// Locks a file as QEMU does, so that both see each other.
-    fn lock(&self, file: &HostFile, write: bool) -> Result<()> {
-        if self.locking == Locking::Off || self.force_share {
-            return Ok(());
-        }
-        let held = if write {
-            permission::CONSISTENT_READ | permission::WRITE | permission::RESIZE
-        } else {
-            permission::CONSISTENT_READ
-        };
-        let not_shared = permission::WRITE | permission::RESIZE;
-        let deadline = Instant::now() + self.lock_wait;
-        loop {
-            match file.lock(held, not_shared) {
-                Ok(()) => return Ok(()),
-                Err(LockError::Conflict(_)) if Instant::now() < deadline => {
-                    std::thread::sleep(LOCK_RETRY);
-                }
-                Err(LockError::Conflict(_)) => {
-                    let which = if write {
-                        "\"write\""
-                    } else {
-                        "shared \"write\""
-                    };
-                    return Err(Error::with_message(
-                        ErrorKind::Locked,
-                        format!("failed to get {which} lock: is another process using the image?"),
-                    )
-                    .path(file.path()));
-                }
-                Err(LockError::Unsupported(error)) if self.locking == Locking::Auto => {
-                    tracing::warn!(path = %file.path().display(), %error, "the file system has no locks; going on without");
-                    return Ok(());
-                }
-                Err(LockError::Unsupported(error) | LockError::Io(error)) => {
-                    return Err(Error::from(error).operation("lock").path(file.path()));
-                }
-            }
         }
     }
 }
@@ -294,7 +253,8 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        self.options.lock(&file, false)?;
+        let locking = self.options.effective_locking();
+        lock_image(&file, false, locking, self.options.lock_wait)?;
         let id = self.io.core.add_file(file, FileRole::Clusters);
         let format = match recorded {
             Some(format) => format,

@@ -29,6 +29,7 @@ pub mod hooks;
 pub mod host;
 pub mod image;
 pub mod io;
+mod locking;
 pub mod offline;
 pub mod options;
 mod queue;

@@ -331,6 +331,7 @@ impl QueueInner {
             result,
             buffers,
         });
+        self.io.driver.undelivered(1);
     }
 }
 
@@ -398,6 +399,7 @@ impl AsyncIo for Queue {
         let count = completed.len();
         out.append(&mut completed);
         self.inner.in_flight.remove(count);
+        self.driver().delivered(count);
         count
     }
 

@@ -162,6 +162,8 @@ pub(crate) struct Driver {
     unsubmitted: Cell<bool>,
     /// Somebody may sleep on the notifier.
     notifying: Cell<bool>,
+    /// Completions that no queue was given yet.
+    undelivered: Cell<usize>,
     finished: RefCell<Vec<(Token, i32)>>,
     tasks: RefCell<Slab<Task>>,
     wakes: Arc<WakeQueue>,
@@ -189,6 +191,7 @@ impl Driver {
             backlog: RefCell::default(),
             unsubmitted: Cell::new(false),
             notifying: Cell::new(false),
+            undelivered: Cell::new(0),
             finished: RefCell::default(),
             tasks: RefCell::default(),
             wakes: Arc::new(WakeQueue {
@@ -209,11 +212,6 @@ impl Driver {
     /// Whether blocking work runs inline and only its completion is scheduled.
     pub(crate) fn is_simulated(&self) -> bool {
         self.simulated
-    }
-
-    /// The engine's name.
-    pub(crate) fn engine_name(&self) -> &'static str {
-        self.engine.borrow().name()
     }
 
     /// Makes a file known to the engine.
@@ -252,6 +250,21 @@ impl Driver {
             let _ = engine.notifier();
         }
         self.wakes.notifier.as_fd()
+    }
+
+    /// Completions were put aside for a queue.
+    pub(crate) fn undelivered(&self, completions: usize) {
+        self.undelivered.set(self.undelivered.get() + completions);
+    }
+
+    /// A queue was given completions. Others of this thread may have some too, found in the same
+    /// turn: they share the notifier, so it stays readable.
+    pub(crate) fn delivered(&self, completions: usize) {
+        let left = self.undelivered.get().saturating_sub(completions);
+        self.undelivered.set(left);
+        if left > 0 {
+            self.notify();
+        }
     }
 
     /// Makes the notifier readable, if somebody asked for it.

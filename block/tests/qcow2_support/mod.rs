@@ -12,26 +12,27 @@ use std::{
 };
 
 use block::{
-    FileId, Result,
+    FileId, Locking, Result,
     formats::qcow2::header::Header,
-    io::{EngineKind, FileOptions, Io},
-    offline::with_file,
+    io::Io,
+    offline::{OfflineOptions, with_file},
 };
 use tempfile::TempDir;
 
 /// Runs `work` on a file, made if it is not there, with the synchronous engine.
 pub fn on<T>(path: &Path, work: impl AsyncFnOnce(&Io, FileId) -> Result<T>) -> Result<T> {
-    let options = FileOptions {
-        write: true,
-        create: true,
-        ..FileOptions::default()
-    };
-    with_file(path, options, EngineKind::Sync, work)
+    let mut options = OfflineOptions::write();
+    options.file.create = true;
+    with_file(path, options, work)
 }
 
 /// The header of an image.
 pub fn header(path: &Path) -> Header {
-    on(path, async |io, file| Header::read(io, file).await).unwrap()
+    let options = OfflineOptions {
+        locking: Locking::Off,
+        ..OfflineOptions::read()
+    };
+    with_file(path, options, async |io, file| Header::read(io, file).await).unwrap()
 }
 
 pub fn temp_dir() -> TempDir {

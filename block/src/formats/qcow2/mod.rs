@@ -10,6 +10,7 @@
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 
 mod change;
+pub mod check;
 mod claims;
 mod compressed;
 pub mod create;
@@ -18,7 +19,9 @@ pub mod header;
 mod l2;
 mod map;
 mod refcount;
+pub mod repair;
 mod slices;
+pub mod snapshot;
 mod tables;
 mod write;
 
@@ -83,6 +86,9 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        if options.writable {
+            repair::repair_dirty(io, file, &mut header).await?;
+        }
         if options.writable && header.clear_for_writing() {
             header.write_features(io, file).await?;
             io.sync(file).await?;

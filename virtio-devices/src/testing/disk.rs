@@ -1,0 +1,401 @@
+//! The control plane of the mock disk, which is also the test's handle on its data planes.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use block::{
+    AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, Format, Result,
+    image::{BlockStatus, ImageInfo},
+    io::{AsyncIo, Completion, Request, RequestOp},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::io::MockIo;
+
+/// What a mock disk is like.
+#[derive(Clone, Copy, Debug)]
+pub struct MockDiskConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Block sizes.
+    pub topology: DiskTopology,
+    /// What it can do.
+    pub capabilities: Capabilities,
+    /// The most requests in flight a data plane; 0 is what the caller asks for.
+    pub capacity: usize,
+}
+
+impl Default for MockDiskConfig {
+    fn default() -> Self {
+        Self {
+            size: 1 << 20,
+            topology: DiskTopology::default(),
+            capabilities: Capabilities {
+                writable: true,
+                discard: true,
+                write_zeroes: true,
+                resize: true,
+                discard_granularity: 4096,
+                secure_erase: false,
+            },
+            capacity: 0,
+        }
+    }
+}
+
+/// A request that reached the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// A read.
+    Read {
+        /// The first byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+    },
+    /// A write.
+    Write {
+        /// The first byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// A flush.
+    Flush,
+    /// A discard.
+    Discard {
+        /// The first byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+    },
+    /// A write zeroes.
+    WriteZeroes {
+        /// The first byte.
+        offset: u64,
+        /// The number of bytes.
+        len: u64,
+        /// May unmap.
+        may_unmap: bool,
+    },
+}
+
+impl Logged {
+    fn of(op: &RequestOp) -> Self {
+        match op {
+            RequestOp::Read { offset, buffers } => Logged::Read {
+                offset: *offset,
+                len: buffers.len(),
+            },
+            RequestOp::Write {
+                offset,
+                buffers,
+                fua,
+            } => Logged::Write {
+                offset: *offset,
+                len: buffers.len(),
+                fua: *fua,
+            },
+            RequestOp::Flush => Logged::Flush,
+            RequestOp::Discard { offset, len } => Logged::Discard {
+                offset: *offset,
+                len: *len,
+            },
+            RequestOp::WriteZeroes {
+                offset,
+                len,
+                may_unmap,
+            } => Logged::WriteZeroes {
+                offset: *offset,
+                len: *len,
+                may_unmap: *may_unmap,
+            },
+        }
+    }
+}
+
+type Failure = Box<dyn FnMut(&Logged) -> Option<ErrorKind> + Send>;
+type ResizeListener = Box<dyn Fn(u64) + Send + Sync>;
+
+/// What a data plane and the test share.
+pub(super) struct Plane {
+    pub(super) ready: Vec<Completion>,
+    pub(super) event: EventFd,
+}
+
+pub(super) struct State {
+    data: Vec<u8>,
+    hold: bool,
+    held: Vec<(usize, Request)>,
+    fail: Option<Failure>,
+    log: Vec<Logged>,
+    batches: Vec<usize>,
+    listeners: Vec<ResizeListener>,
+    pub(super) planes: Vec<Plane>,
+}
+
+impl State {
+    /// A data plane got a request: does it or holds it.
+    pub(super) fn accept(&mut self, plane: usize, request: Request) {
+        self.log.push(Logged::of(&request.op));
+        if self.hold {
+            self.held.push((plane, request));
+        } else {
+            self.execute(plane, request);
+        }
+    }
+
+    pub(super) fn batch(&mut self, size: usize) {
+        self.batches.push(size);
+    }
+
+    fn execute(&mut self, plane: usize, request: Request) {
+        let logged = Logged::of(&request.op);
+        let failure = self.fail.as_mut().and_then(|fail| fail(&logged));
+        let result = match failure {
+            Some(kind) => Err(kind),
+            None => self.transfer(&request.op),
+        };
+        let buffers = match request.op {
+            RequestOp::Read { buffers, .. } | RequestOp::Write { buffers, .. } => Some(buffers),
+            _ => None,
+        };
+        if let Some(plane) = self.planes.get_mut(plane) {
+            plane.ready.push(Completion {
+                id: request.id,
+                result,
+                buffers,
+            });
+            let _ = plane.event.write(1);
+        }
+    }
+
+    fn transfer(&mut self, op: &RequestOp) -> Result<(), ErrorKind> {
+        match op {
+            RequestOp::Read { offset, buffers } => {
+                let from = slice(&mut self.data, *offset, buffers.len())?;
+                buffers.copy_in(0, from);
+            }
+            RequestOp::Write {
+                offset, buffers, ..
+            } => buffers.copy_out(0, slice(&mut self.data, *offset, buffers.len())?),
+            RequestOp::Flush => {}
+            RequestOp::Discard { offset, len } | RequestOp::WriteZeroes { offset, len, .. } => {
+                slice(&mut self.data, *offset, *len)?.fill(0);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn slice(data: &mut [u8], offset: u64, len: u64) -> Result<&mut [u8], ErrorKind> {
+    let end = offset.checked_add(len).ok_or(ErrorKind::OutOfRange)?;
+    if end > data.len() as u64 {
+        return Err(ErrorKind::OutOfRange);
+    }
+    Ok(&mut data[offset as usize..end as usize])
+}
+
+/// A disk in memory. Clones are handles on the same disk: give one to the device and keep one.
+#[derive(Clone)]
+pub struct MockDisk {
+    config: MockDiskConfig,
+    state: Arc<Mutex<State>>,
+}
+
+impl MockDisk {
+    /// A disk of zeroes.
+    #[must_use]
+    pub fn new(config: MockDiskConfig) -> Self {
+        Self {
+            config,
+            state: Arc::new(Mutex::new(State {
+                data: vec![0; config.size as usize],
+                hold: false,
+                held: Vec::new(),
+                fail: None,
+                log: Vec::new(),
+                batches: Vec::new(),
+                listeners: Vec::new(),
+                planes: Vec::new(),
+            })),
+        }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on, holds requests back or not. Those already held stay held.
+    pub fn hold(&self, hold: bool) {
+        self.state().hold = hold;
+    }
+
+    /// The number of requests held.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.state().held.len()
+    }
+
+    /// Does the held request at `index` (0 is the oldest) and completes it; returns whether there
+    /// was one.
+    pub fn release(&self, index: usize) -> bool {
+        let mut state = self.state();
+        if index >= state.held.len() {
+            return false;
+        }
+        let (plane, request) = state.held.remove(index);
+        state.execute(plane, request);
+        true
+    }
+
+    /// Does and completes everything held, oldest first.
+    pub fn release_all(&self) {
+        while self.release(0) {}
+    }
+
+    /// Asks `fail` about each request before it is done; an error fails the request without
+    /// touching the data.
+    pub fn fail_with(&self, fail: impl FnMut(&Logged) -> Option<ErrorKind> + Send + 'static) {
+        self.state().fail = Some(Box::new(fail));
+    }
+
+    /// Requests so far, in the order in which they were submitted.
+    #[must_use]
+    pub fn log(&self) -> Vec<Logged> {
+        self.state().log.clone()
+    }
+
+    /// The sizes of the batches so far.
+    #[must_use]
+    pub fn batches(&self) -> Vec<usize> {
+        self.state().batches.clone()
+    }
+
+    /// Forgets the log and the batches.
+    pub fn clear_log(&self) {
+        let mut state = self.state();
+        state.log.clear();
+        state.batches.clear();
+    }
+
+    /// Changes what is on the disk, behind everybody's back.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        self.state().data[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Everything on the disk.
+    #[must_use]
+    pub fn contents(&self) -> Vec<u8> {
+        self.state().data.clone()
+    }
+}
+
+impl DiskFile for MockDisk {
+    fn path(&self) -> &Path {
+        Path::new("mock")
+    }
+
+    fn format(&self) -> Format {
+        Format::Raw
+    }
+
+    fn size(&self) -> u64 {
+        self.state().data.len() as u64
+    }
+
+    fn physical_size(&self) -> Result<u64> {
+        Ok(self.size())
+    }
+
+    fn topology(&self) -> DiskTopology {
+        self.config.topology
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.config.capabilities
+    }
+
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut state = self.state();
+        buf.copy_from_slice(slice(&mut state.data, offset, buf.len() as u64)?);
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let mut state = self.state();
+        slice(&mut state.data, offset, buf.len() as u64)?.copy_from_slice(buf);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes(offset, len, true)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _may_unmap: bool) -> Result<()> {
+        slice(&mut self.state().data, offset, len)?.fill(0);
+        Ok(())
+    }
+
+    fn block_status(&self, _offset: u64, _len: u64) -> Result<BlockStatus> {
+        Err(Error::unsupported("a mock disk has no map"))
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        let listeners = {
+            let mut state = self.state();
+            state.data.resize(size as usize, 0);
+            std::mem::take(&mut state.listeners)
+        };
+        for listener in &listeners {
+            listener(size);
+        }
+        self.state().listeners.extend(listeners);
+        Ok(())
+    }
+
+    fn write_compressed(&self, _data: &[u8], _offset: u64) -> Result<()> {
+        Err(Error::unsupported("a mock disk compresses nothing"))
+    }
+
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn try_clone(&self) -> Result<Box<dyn DiskFile>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl AsyncDiskFile for MockDisk {
+    fn create_async_io(&self, ring_depth: u32) -> Result<Box<dyn AsyncIo>> {
+        let capacity = match self.config.capacity {
+            0 => ring_depth as usize,
+            capacity => capacity,
+        };
+        Ok(Box::new(MockIo::new(self.clone(), capacity)?))
+    }
+
+    fn clone_async(&self) -> Box<dyn AsyncDiskFile> {
+        Box::new(self.clone())
+    }
+
+    fn on_resize(&self, listener: Box<dyn Fn(u64) + Send + Sync>) {
+        self.state().listeners.push(listener);
+    }
+}

@@ -1,0 +1,14 @@
+//! A disk in memory that does what a test says: holds completions back, fails requests, takes only
+//! so many at a time, and remembers what it was asked.
+//!
+//! It is here rather than among the tests so that every front end, in any crate, is tested against
+//! the same faults.
+
+mod disk;
+mod interrupt;
+mod io;
+mod null;
+
+pub use disk::{Logged, MockDisk, MockDiskConfig};
+pub use interrupt::CountingInterrupt;
+pub use null::NullDisk;
