@@ -296,7 +296,7 @@ impl QueueInner {
         self.io.driver.spawn(Box::pin(async move {
             let result = serve::serve(&queue.served, &queue.io, &op).await;
             let result = result.map_err(|error| {
-                tracing::warn!(disk = %queue.io.core.path.display(), request = ?kind_of(&op), %error, "request failed");
+                tracing::warn!(disk = %queue.io.core.path.display(), request = ?op.summary(), %error, "request failed");
                 error.kind()
             });
             queue.io.pins.unpin(&queue.io.core.pins, pin);
@@ -334,19 +334,6 @@ impl QueueInner {
             buffers,
         });
         self.io.driver.undelivered(1);
-    }
-}
-
-/// A request's kind, for messages.
-fn kind_of(op: &RequestOp) -> (&'static str, u64, u64) {
-    match op {
-        RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
-        RequestOp::Write {
-            offset, buffers, ..
-        } => ("write", *offset, buffers.len()),
-        RequestOp::Flush => ("flush", 0, 0),
-        RequestOp::Discard { offset, len } => ("discard", *offset, *len),
-        RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
     }
 }
 

@@ -92,6 +92,14 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// Ends every tenancy.
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = T> {
+        self.free.clear();
+        std::mem::take(&mut self.places)
+            .into_iter()
+            .filter_map(|place| place.value)
+    }
+
     /// The number of places in use.
     pub(crate) fn len(&self) -> usize {
         self.places.len() - self.free.len()
