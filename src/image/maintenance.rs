@@ -1,15 +1,22 @@
 //! What is done to qcow2 images as a whole: making, checking, snapshots. The file is opened alone, locked,
 //! and no file it names is.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use block::{
-    AsyncDiskFile, Error, Format, Locking, Result,
+    Error, Format, Locking, Result,
     formats::qcow2::{
         check::{self, CheckReport, Repair},
         create::{self, CreateOptions},
-        header::{CompressionType, Header, MAGIC},
+        header::{CompressionType, FEATURES_OFFSET, Header, MAGIC},
+        snapshot::ops::{self, NewSnapshot},
     },
+    io::AlignedBuf,
     offline::{OfflineOptions, with_file},
 };
 
@@ -83,37 +90,46 @@ pub(crate) fn check_qcow2(
             Ok(header) => header,
             Err(error) => return Ok(Checked::Unusable(error)),
         };
-        Ok(Checked::Report(
-            check::check(io, file, &mut header, repair, say).await,
-        ))
+        let report = check::check(io, file, &mut header, repair, say).await;
+        // As any other writer does, before anything that it cannot keep up to date goes stale.
+        if repair != Repair::None && report.is_ok() && header.clear_for_writing() {
+            let bytes = AlignedBuf::from_slice(&header.feature_bytes());
+            io.write(file, FEATURES_OFFSET, bytes).await?;
+            io.sync(file).await?;
+        }
+        Ok(Checked::Report(report))
     });
     result.unwrap_or_else(Checked::Unusable)
 }
 
-/// Makes an internal snapshot.
-pub(crate) fn snapshot_create(disk: &dyn AsyncDiskFile, _name: &str) -> Result<()> {
-    Err(not_here_yet(disk.path()))
+/// What to do with an internal snapshot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SnapshotAction {
+    /// Make it.
+    Create,
+    /// Go back to it.
+    Apply,
+    /// Forget it.
+    Delete,
 }
 
-/// Goes back to an internal snapshot.
-pub(crate) fn snapshot_apply(disk: &dyn AsyncDiskFile, _name: &str) -> Result<()> {
-    Err(not_here_yet(disk.path()))
-}
-
-/// Deletes an internal snapshot.
-pub(crate) fn snapshot_delete(disk: &dyn AsyncDiskFile, _name: &str) -> Result<()> {
-    Err(not_here_yet(disk.path()))
-}
-
-/// The disk as an internal snapshot has it; for reading.
-#[expect(clippy::needless_pass_by_value, reason = "the disk becomes another")]
-pub(crate) fn snapshot_view(
-    disk: Box<dyn AsyncDiskFile>,
-    _name: &str,
-) -> Result<Box<dyn AsyncDiskFile>> {
-    Err(not_here_yet(disk.path()))
-}
-
-fn not_here_yet(path: &Path) -> Error {
-    Error::unsupported("not supported yet").path(path)
+/// Does something with an internal snapshot of a qcow2 image.
+pub(crate) fn snapshot(path: &Path, action: SnapshotAction, name: &str) -> Result<()> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    with_file(path, OfflineOptions::write(), async |io, file| match action {
+        SnapshotAction::Create => {
+            let new = NewSnapshot {
+                name: name.to_owned(),
+                date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                date_nsec: now.subsec_nanos(),
+                icount: Some(0),
+                ..NewSnapshot::default()
+            };
+            ops::create_offline(io, file, &new).await.map(drop)
+        }
+        SnapshotAction::Apply => ops::apply_offline(io, file, name).await,
+        SnapshotAction::Delete => ops::delete_offline(io, file, name).await,
+    })
 }
