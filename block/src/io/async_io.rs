@@ -53,6 +53,21 @@ pub enum RequestOp {
     },
 }
 
+impl RequestOp {
+    /// Its name, offset and length, for messages.
+    pub(crate) fn summary(&self) -> (&'static str, u64, u64) {
+        match self {
+            RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
+            RequestOp::Write {
+                offset, buffers, ..
+            } => ("write", *offset, buffers.len()),
+            RequestOp::Flush => ("flush", 0, 0),
+            RequestOp::Discard { offset, len } => ("discard", *offset, *len),
+            RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
+        }
+    }
+}
+
 /// The end of a request: everything was done, or the request failed as a whole.
 #[derive(Debug)]
 pub struct Completion {
