@@ -26,7 +26,7 @@ fn run(path: &Path, repair: Repair) -> Result<(CheckReport, Vec<String>)> {
     let report = on(path, async |io, file| {
         let mut header = Header::read_for_check(io, file).await?;
         check(io, file, &mut header, repair, &mut |line| {
-            lines.push(line.to_owned())
+            lines.push(line.to_owned());
         })
         .await
     })?;
