@@ -118,10 +118,13 @@ impl Disk {
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
         let named = |error: Error| error.path(&self.shared.core.path);
-        serve::check(served, op)
-            .map_err(|kind| named(describe(kind, op.summary(), served.image.size())))?;
-        self.with_pin(async |io| serve::serve(served, io, op).await)
-            .map_err(named)
+        self.with_pin(async |io| {
+            // Under the pin: a resize would have to wait.
+            serve::check(served, op)
+                .map_err(|kind| describe(kind, op.summary(), served.image.size()))?;
+            serve::serve(served, io, op).await
+        })
+        .map_err(named)
     }
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
@@ -243,7 +246,12 @@ impl DiskFile for Disk {
     }
 
     fn info(&self) -> ImageInfo {
-        self.shared.served.image.info()
+        let mut info = self.shared.served.image.info();
+        info.backing_path = info
+            .backing_file
+            .as_ref()
+            .and_then(|name| crate::gate::resolve_name(self.path(), name).ok());
+        info
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {

@@ -47,7 +47,7 @@ struct Direct {
 pub(crate) struct QueueInner {
     io: Io,
     served: Arc<Served>,
-    number: Cell<usize>,
+    number: Cell<Key>,
     capacity: usize,
     in_flight: InFlight,
     direct: RefCell<Slab<Direct>>,
@@ -75,7 +75,7 @@ impl Queue {
         let inner = Rc::new(QueueInner {
             io,
             served,
-            number: Cell::new(0),
+            number: Cell::new(Key::NONE),
             capacity: depth as usize,
             in_flight,
             direct: RefCell::default(),
@@ -96,14 +96,16 @@ impl Queue {
 impl QueueInner {
     /// Starts a request as far as it gets.
     fn start(self: &Rc<Self>, request: Request) {
-        if let Err(kind) = serve::check(&self.served, &request.op) {
-            self.complete(request.id, Err(kind), buffers_of(request.op));
-            return;
-        }
         let Some(pin) = self.io.pins.pin(&self.io.core.pins) else {
             self.hold(request);
             return;
         };
+        // Under the pin: a resize would have to wait.
+        if let Err(kind) = serve::check(&self.served, &request.op) {
+            self.io.pins.unpin(&self.io.core.pins, pin);
+            self.complete(request.id, Err(kind), buffers_of(request.op));
+            return;
+        }
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
         match request.op {

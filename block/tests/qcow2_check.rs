@@ -137,17 +137,14 @@ fn clean_images_are_clean_and_counted_alike() {
             );
         }
         assert!(fs::read(&path).unwrap() == before, "{path:?} changed");
-        let uring = with_file(
-            &path,
-            OfflineOptions {
-                engine: EngineKind::IoUring,
-                ..OfflineOptions::read()
-            },
-            async |io, file| {
-                let mut header = Header::read_for_check(io, file).await?;
-                check(io, file, &mut header, Repair::None, &mut |_| {}).await
-            },
-        );
+        let options = OfflineOptions {
+            engine: EngineKind::IoUring,
+            ..OfflineOptions::read()
+        };
+        let uring = with_file(&path, options, async |io, file| {
+            let mut header = Header::read_for_check(io, file).await?;
+            check(io, file, &mut header, Repair::None, &mut |_| {}).await
+        });
         assert_eq!(uring.unwrap(), report_of(&path));
     }
 }

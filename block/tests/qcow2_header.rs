@@ -9,6 +9,8 @@ use block::{
     formats::qcow2::{
         create::{CreateOptions, Preallocation, create},
         header::{Autoclear, CompressionType, CryptMethod, ExtensionType, Header, Incompatible},
+        info::{image_info, read_bitmaps},
+        snapshot::SnapshotTable,
     },
 };
 use qcow2_support::{assert_clean, header, on, qemu_create, qemu_io, temp_dir, tool};
@@ -367,7 +369,7 @@ fn images_of_qemu_round_trip() {
 
 fn assert_round_trip(path: &std::path::Path) {
     let before = std::fs::read(path).unwrap();
-    let header = header(&path);
+    let header = header(path);
     let bytes = header.to_bytes().unwrap();
     assert_eq!(bytes, before[..bytes.len()]);
     on(path, async |io, file| header.write(io, file).await).unwrap();
@@ -679,5 +681,60 @@ fn impossible_options_are_refused() {
             "{error}, expected {expected}"
         );
         assert_eq!(path.metadata().unwrap().len(), 0, "{expected}");
+    }
+}
+
+#[test]
+fn info_is_qemus() {
+    let dir = temp_dir();
+    for options in [
+        "",
+        "compat=0.10",
+        "compression_type=zstd,lazy_refcounts=on,refcount_bits=1",
+        "extended_l2=on",
+        "data_file=DATA,data_file_raw=on",
+        "cluster_size=2M,refcount_bits=64",
+    ] {
+        let data = dir.path().join("data");
+        let options = options.replace("DATA", data.to_str().unwrap());
+        let path = qemu_create(&dir, "info.qcow2", &options, "10M");
+        let text = path.to_str().unwrap();
+        if !options.contains("0.10") {
+            tool("qemu-img", &["bitmap", "--add", "-g", "32k", text, "b0"]);
+            tool("qemu-img", &["bitmap", "--add", "--disable", text, "b1"]);
+        }
+        if !options.contains("refcount_bits=1") && !options.contains("data_file") {
+            tool("qemu-img", &["snapshot", "-c", "first one", text]);
+            tool("qemu-img", &["snapshot", "-c", "second", text]);
+        }
+        let info = on(&path, async |io, file| {
+            let header = Header::read(io, file).await?;
+            let snapshots = SnapshotTable::read(io, file, &header).await?;
+            assert_eq!(snapshots.len, snapshots.byte_len());
+            let bytes = io
+                .read_padded(file, header.snapshots_offset, snapshots.len as usize)
+                .await?;
+            assert_eq!(snapshots.to_bytes(), *bytes);
+            let bitmaps = read_bitmaps(io, file, &header).await?;
+            Ok(image_info(&header, &snapshots, &bitmaps))
+        })
+        .unwrap();
+        let output = tool("qemu-img", &["info", "--output=json", text]);
+        let theirs: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let ours = serde_json::Value::Object(info.format_specific);
+        assert_eq!(ours, theirs["format-specific"]["data"]);
+        assert_eq!(theirs["cluster-size"], info.cluster_size.unwrap());
+        let list = theirs["snapshots"]
+            .as_array()
+            .map_or(&[][..], Vec::as_slice);
+        assert_eq!(info.snapshots.len(), list.len());
+        for (ours, theirs) in info.snapshots.iter().zip(list) {
+            assert_eq!(theirs["id"], ours.id);
+            assert_eq!(theirs["name"], ours.name);
+            assert_eq!(theirs["date-sec"], ours.date_sec);
+            assert_eq!(theirs["date-nsec"], ours.date_nsec);
+            assert_eq!(theirs["vm-state-size"], ours.vm_state_size);
+            assert_eq!(ours.disk_size, 10 << 20);
+        }
     }
 }

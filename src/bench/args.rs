@@ -37,7 +37,12 @@ included, divided by the requests. With --verify (and in the run without an imag
 their own.")]
 pub(crate) struct BenchArgs {
     /// Read, write, randread, randwrite, rw or randrw
-    #[arg(long, alias = "readwrite", value_name = "PATTERN", default_value = "randread")]
+    #[arg(
+        long,
+        alias = "readwrite",
+        value_name = "PATTERN",
+        default_value = "randread"
+    )]
     rw: String,
     /// Bytes of a request
     #[arg(long, alias = "blocksize", value_name = "SIZE", default_value = "4k")]
@@ -163,7 +168,10 @@ impl BenchArgs {
 
     /// The bytes to use, if that was said.
     pub(super) fn region(&self) -> Outcome<Option<u64>> {
-        self.size.as_deref().map(|text| parse("--size", text)).transpose()
+        self.size
+            .as_deref()
+            .map(|text| parse("--size", text))
+            .transpose()
     }
 
     /// How long to measure.
@@ -192,7 +200,9 @@ impl BenchArgs {
 
     /// The front ends to measure on an image.
     pub(super) fn front_ends(&self) -> Outcome<Vec<FrontEnd>> {
-        Ok(self.chosen_front_ends()?.unwrap_or_else(|| vec![FrontEnd::AsyncIo]))
+        Ok(self
+            .chosen_front_ends()?
+            .unwrap_or_else(|| vec![FrontEnd::AsyncIo]))
     }
 
     /// Whether to print JSON.
@@ -203,6 +213,8 @@ impl BenchArgs {
 
 fn parse(option: &str, text: &str) -> Outcome<u64> {
     size::parse(text).map_err(|_| {
-        Failure::new(format!("{option} {text}: expected a size such as 4k, 1M or 2G"))
+        Failure::new(format!(
+            "{option} {text}: expected a size such as 4k, 1M or 2G"
+        ))
     })
 }

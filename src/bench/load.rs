@@ -94,7 +94,8 @@ pub(super) fn run(
                     Some(device) => VirtioLane::new(device, index, load.depth, load.bs)
                         .map(|lane| Box::new(lane) as Box<dyn Lane>),
                 };
-                let job = lane.map(|lane| Job::new(lane, load, index as u64 * share, share, writes));
+                let job =
+                    lane.map(|lane| Job::new(lane, load, index as u64 * share, share, writes));
                 ready.wait();
                 let result = job.and_then(Job::run);
                 done.wait();
@@ -114,7 +115,9 @@ pub(super) fn run(
         let mut latency = Histogram::new();
         let mut first = Ok(());
         for thread in threads {
-            let result = thread?.join().unwrap_or_else(|_| Err(Failure::new("a job panicked")));
+            let result = thread?
+                .join()
+                .unwrap_or_else(|_| Err(Failure::new("a job panicked")));
             match result {
                 Ok(one) => latency.merge(&one),
                 Err(failure) => first = first.and(Err(failure)),
@@ -176,7 +179,10 @@ impl<'a> Job<'a> {
         }
         let blocks = len / load.bs;
         // Counting on from what earlier loads wrote keeps every write different.
-        let written = writes.as_ref().and_then(|w| w.iter().max().copied()).unwrap_or(0);
+        let written = writes
+            .as_ref()
+            .and_then(|w| w.iter().max().copied())
+            .unwrap_or(0);
         Self {
             lane,
             load,
@@ -283,18 +289,16 @@ impl<'a> Job<'a> {
     }
 
     fn stamp(&mut self, slot: usize, offset: u64) {
-        for (at, sector) in (0..self.load.bs).step_by(SECTOR as usize).zip(offset / SECTOR..) {
+        for (at, sector) in (0..self.load.bs)
+            .step_by(SECTOR as usize)
+            .zip(offset / SECTOR..)
+        {
             let stamp = fill::stamp(sector, self.written);
             self.lane.put(slot, at as usize, &stamp);
         }
     }
 
-    fn finish(
-        &mut self,
-        slot: usize,
-        result: Result<(), ErrorKind>,
-        now: Instant,
-    ) -> Outcome<()> {
+    fn finish(&mut self, slot: usize, result: Result<(), ErrorKind>, now: Instant) -> Outcome<()> {
         let Some(flight) = self.flights[slot].take() else {
             return Err(Failure::new(format!("slot {slot} ended twice")));
         };
@@ -302,7 +306,9 @@ impl<'a> Job<'a> {
         if let Err(kind) = result {
             let text = errno::request_text(kind);
             let op = format!("{:?}", flight.op).to_lowercase();
-            return Err(Failure::new(format!("{op} at offset {offset} failed: {text}")));
+            return Err(Failure::new(format!(
+                "{op} at offset {offset} failed: {text}"
+            )));
         }
         let time = now.saturating_duration_since(flight.started);
         self.latency.record(time.as_nanos() as u64);

@@ -77,7 +77,8 @@ fn on_image(args: &BenchArgs, image: &str, persona: Persona) -> Outcome {
             model.check(&*disk)?;
         }
     }
-    disk.close().map_err(|error| Failure::new(error.to_string()))?;
+    disk.close()
+        .map_err(|error| Failure::new(error.to_string()))?;
     report::print(&rows, args.json());
     Ok(0)
 }

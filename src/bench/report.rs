@@ -83,8 +83,18 @@ pub(super) fn print(rows: &[Row], as_json: bool) {
     }
     say!(
         "{:<7} {:<11} {:<10} {:<10} {:>8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>10} {:>9}",
-        "format", "front end", "engine", "rw", "bs", "depth", "IOPS", "MiB/s", "p50", "p99",
-        "p99.9", "CPU/IO"
+        "format",
+        "front end",
+        "engine",
+        "rw",
+        "bs",
+        "depth",
+        "IOPS",
+        "MiB/s",
+        "p50",
+        "p99",
+        "p99.9",
+        "CPU/IO"
     );
     for row in rows {
         let depth = format!("{}x{}", row.numjobs, row.iodepth);

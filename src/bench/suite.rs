@@ -110,7 +110,10 @@ pub(super) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
                         match one(&*disk, &case, &mut model) {
                             Ok(row) => rows.push(row),
                             // An engine that this host does not have is no failure.
-                            Err(failure) if rows.iter().all(|row: &Row| !row.is_of(engine)) && !failure.to_string().starts_with("VERIFICATION") => {
+                            Err(failure)
+                                if rows.iter().all(|row: &Row| !row.is_of(engine))
+                                    && !failure.to_string().starts_with("VERIFICATION") =>
+                            {
                                 notes.push(format!("{engine}: {failure}"));
                                 usable = false;
                             }
@@ -125,7 +128,9 @@ pub(super) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
     }
     bar.finish_and_clear();
     report::print(&rows, args.json());
-    notes.iter().for_each(|note| grumble!("not measured: {note}"));
+    notes
+        .iter()
+        .for_each(|note| grumble!("not measured: {note}"));
     if !args.json() {
         say!(
             "\nEvery read was checked, and after each row every byte of the disk ({}, {}, in {}).",
@@ -200,7 +205,9 @@ fn temporary_folder(args: &BenchArgs) -> Outcome<tempfile::TempDir> {
             .collect(),
     };
     let on_disk = candidates.iter().find(|folder| is_on_disk(folder));
-    let folder = on_disk.or(candidates.first()).map_or(Path::new("."), PathBuf::as_path);
+    let folder = on_disk
+        .or(candidates.first())
+        .map_or(Path::new("."), PathBuf::as_path);
     tempfile::Builder::new()
         .prefix("platter-bench-")
         .tempdir_in(folder)

@@ -152,7 +152,10 @@ impl Lane for VirtioLane {
     }
 
     fn wait(&mut self) -> Outcome<()> {
-        let mut fds = [PollFd::from_borrowed_fd(self.worker.notifier(), PollFlags::IN)];
+        let mut fds = [PollFd::from_borrowed_fd(
+            self.worker.notifier(),
+            PollFlags::IN,
+        )];
         let timeout = Timespec {
             tv_sec: PATIENCE.as_secs().cast_signed(),
             tv_nsec: 0,

@@ -253,7 +253,7 @@ fn bad_memory_is_refused_and_the_connection_lives() {
 fn regions_need_no_alignment() {
     let server = server(1);
     let guest = common::Guest::new();
-    let mut frontend = fresh(&server.path);
+    let frontend = fresh(&server.path);
     let mut regions = guest.regions();
     // As QEMU cuts memory in front of 640 KiB, in the middle of a huge page.
     regions[0].memory_size = 0xa0200;

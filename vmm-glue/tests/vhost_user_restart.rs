@@ -5,7 +5,7 @@
 mod common;
 
 use std::{
-    os::unix::process::ExitStatusExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::Path,
     process::{Child, Command},
     thread,
@@ -105,8 +105,6 @@ fn the_server_process() {
     let Ok(socket) = std::env::var(SOCKET) else {
         return;
     };
-    // Of the process the test harness made, only this thread counts: SIGTERM is blocked in the
-    // threads that are started from here.
     let signals = StopSignals::block().unwrap();
     let disk: Box<dyn AsyncDiskFile> = match std::env::var(IMAGE) {
         Ok(image) => OpenOptions::new()
@@ -135,6 +133,12 @@ fn child(socket: &Path, image: Option<&Path>) -> Child {
         None => command.env_remove(IMAGE),
     };
     command.stdout(std::process::Stdio::null());
+    // The harness of the child has a thread of its own before our code runs there, so the signals
+    // are blocked before that.
+    // SAFETY: blocking signals is allowed between fork and exec.
+    unsafe {
+        command.pre_exec(|| StopSignals::block().map(std::mem::forget));
+    }
     let mut child = command.spawn().unwrap();
     eventually("the server listens", || {
         assert!(
@@ -231,7 +235,8 @@ fn a_server_killed_over_and_over_loses_no_request() {
     client.finish(0);
     // SAFETY: the process is our own child, which has not been waited for.
     assert_eq!(unsafe { libc::kill(process.id() as i32, libc::SIGTERM) }, 0);
-    assert!(process.wait().unwrap().success());
+    let status = process.wait().unwrap();
+    assert!(status.success(), "{status}");
     assert!(!socket.exists());
     assert_eq!(
         std::fs::read(&image).unwrap()[..8 * 4096],

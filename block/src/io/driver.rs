@@ -54,9 +54,9 @@ pub(crate) enum Owner {
     /// A future; its waker once it was polled.
     Future(Option<Waker>),
     /// A request that hit the map: queue and slot.
-    Request { queue: usize, slot: Key },
+    Request { queue: Key, slot: Key },
     /// A watch of a queue.
-    Watch { queue: usize, id: u64 },
+    Watch { queue: Key, id: u64 },
     /// Nobody any more; the operation still owns its buffer.
     Detached,
 }
@@ -168,7 +168,7 @@ pub(crate) struct Driver {
     tasks: RefCell<Slab<Task>>,
     wakes: Arc<WakeQueue>,
     woken: RefCell<Vec<Key>>,
-    queues: RefCell<Vec<Option<Weak<dyn RequestSink>>>>,
+    queues: RefCell<Slab<Weak<dyn RequestSink>>>,
 }
 
 /// Operations kept for reuse.
@@ -224,22 +224,14 @@ impl Driver {
         self.engine.borrow_mut().unregister(file);
     }
 
-    /// A number for a queue whose requests start operations directly.
-    pub(crate) fn add_queue(&self, sink: Weak<dyn RequestSink>) -> usize {
-        let mut queues = self.queues.borrow_mut();
-        if let Some(free) = queues.iter().position(Option::is_none) {
-            queues[free] = Some(sink);
-            return free;
-        }
-        queues.push(Some(sink));
-        queues.len() - 1
+    /// A key for a queue whose requests start operations directly.
+    pub(crate) fn add_queue(&self, sink: Weak<dyn RequestSink>) -> Key {
+        self.queues.borrow_mut().insert(sink)
     }
 
-    /// Forgets a queue; it has nothing in flight.
-    pub(crate) fn remove_queue(&self, queue: usize) {
-        if let Some(place) = self.queues.borrow_mut().get_mut(queue) {
-            *place = None;
-        }
+    /// Forgets a queue; it has nothing in flight but watches, which then fire for nobody.
+    pub(crate) fn remove_queue(&self, queue: Key) {
+        self.queues.borrow_mut().remove(queue);
     }
 
     /// The descriptor that becomes readable when a [`turn`](Self::turn) is due. It lives as long as
@@ -399,13 +391,12 @@ impl Driver {
         true
     }
 
-    fn with_queue(&self, queue: usize, act: impl FnOnce(&dyn RequestSink)) {
+    fn with_queue(&self, queue: Key, act: impl FnOnce(&dyn RequestSink)) {
         let sink = self
             .queues
-            .borrow()
-            .get(queue)
-            .and_then(Option::as_ref)
-            .and_then(Weak::upgrade);
+            .borrow_mut()
+            .get_mut(queue)
+            .and_then(|sink| sink.upgrade());
         if let Some(sink) = sink {
             act(&*sink);
         }

@@ -9,6 +9,12 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// The key of nothing.
+    pub(crate) const NONE: Self = Self {
+        index: u32::MAX,
+        generation: u32::MAX,
+    };
+
     /// The key as one number.
     pub(crate) fn to_u64(self) -> u64 {
         u64::from(self.generation) << 32 | u64::from(self.index)

@@ -5,8 +5,8 @@ use std::{fs, path::PathBuf};
 use block::{
     Disk, OpenOptions,
     formats::qcow2::create::{CreateOptions, create},
-    io::{EngineKind, FileOptions},
-    offline::with_file,
+    io::EngineKind,
+    offline::{OfflineOptions, with_file},
 };
 
 /// An image file, gone when dropped.
@@ -39,11 +39,7 @@ pub(crate) fn qcow2(size: u64) -> Image {
         size,
         ..CreateOptions::default()
     };
-    let file = FileOptions {
-        write: true,
-        ..FileOptions::default()
-    };
-    with_file(&image.path, file, EngineKind::Sync, async |io, file| {
+    with_file(&image.path, OfflineOptions::create(), async |io, file| {
         create(io, file, &options).await
     })
     .unwrap();

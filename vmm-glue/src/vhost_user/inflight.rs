@@ -77,7 +77,7 @@ impl InflightArea {
                 inflight.mmap_size, inflight.num_queues, inflight.queue_size
             ));
         }
-        if inflight.mmap_offset % 8 != 0 {
+        if !inflight.mmap_offset.is_multiple_of(8) {
             return Err(format!(
                 "inflight area at offset {:#x}",
                 inflight.mmap_offset

@@ -58,6 +58,7 @@ mod inflight;
 mod memory;
 mod message;
 mod notify;
+mod rings;
 mod session;
 mod socket;
 

@@ -62,12 +62,12 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 /// A memfd, sealed or not.
 pub fn memfd(size: u64) -> File {
     let name = CString::new("guest").unwrap();
-    // SAFETY: the name is a C string; the descriptor is ours.
-    let file = unsafe {
-        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
-        assert!(fd >= 0);
-        File::from_raw_fd(fd)
-    };
+    // SAFETY: the name is a C string.
+    let fd =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor was made just now and is ours.
+    let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size).unwrap();
     file
 }
