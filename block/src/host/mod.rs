@@ -28,7 +28,7 @@
 //! disk.flush().await?;
 //! let read = disk.read_at(vec![0; 5], 512).await?;
 //! assert_eq!(read, written);
-//! # block::Result::Ok(())
+//! # Ok::<(), block::Error>(())
 //! # }).unwrap();
 //! ```
 //!
