@@ -255,6 +255,10 @@ impl Qcow2 {
         *lock(&self.header) = header.clone();
         let clusters = old_bytes.div_ceil(self.geometry.cluster_size());
         let first = old_offset >> self.geometry.cluster_bits;
+        self.refcounts.l1_moved(
+            header.l1_table_offset >> self.geometry.cluster_bits,
+            (entries * 8).div_ceil(self.geometry.cluster_size()),
+        );
         self.refcounts.release(io, first, clusters).await
     }
 

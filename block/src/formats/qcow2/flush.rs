@@ -210,18 +210,18 @@ impl Qcow2 {
         io.sync(self.file).await?;
         io.write(self.file, offset, AlignedBuf::from_slice(&bytes))
             .await?;
-        let Some((offset, clusters)) = moved else {
+        let Some(moved) = moved else {
             return Ok(());
         };
         // So is the table before the header names it.
         io.sync(self.file).await?;
         let mut header = lock(&self.header).clone();
-        header.refcount_table_offset = offset;
-        header.refcount_table_clusters = clusters;
+        header.refcount_table_offset = moved.offset;
+        header.refcount_table_clusters = moved.clusters;
         header.write(io, self.file).await?;
         io.sync(self.file).await?;
         *lock(&self.header) = header;
-        if let Some((first, count)) = self.refcounts.move_done() {
+        for (first, count) in self.refcounts.move_done(moved) {
             self.refcounts.release(io, first, count).await?;
         }
         Ok(())
