@@ -138,7 +138,6 @@ impl Qcow2 {
         }
         let slice = self.l2_slice_for_change(io, first).await?;
         let change = slice.change();
-        let mut became_dirty = false;
         for cluster in first..stop {
             let place = self.geometry.in_slice(cluster);
             let raw = change.get(place);
@@ -146,14 +145,10 @@ impl Qcow2 {
             let Some((after, punch)) = self.changed_entry(raw, before, cluster, becomes) else {
                 continue;
             };
-            became_dirty |= change.set(place, after);
+            self.set_entry(&slice, &change, place, after);
             if let Some(punch) = punch {
                 self.unlink(before, punch);
             }
-        }
-        drop(change);
-        if became_dirty {
-            self.pending.add_dirty(&slice);
         }
         Ok(stop)
     }

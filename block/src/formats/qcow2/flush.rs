@@ -27,7 +27,7 @@ use crate::{
     Result,
     io::{AlignedBuf, FallocateMode, Io},
     sync::{join_all, lock},
-    table::TableSlice,
+    table::{SliceChange, TableSlice},
 };
 
 /// Table writes in flight at a time.
@@ -113,6 +113,22 @@ impl Pending {
 
     fn is_idle(&self) -> bool {
         lock(&self.dirty).is_empty() && lock(&self.freed).is_empty()
+    }
+}
+
+impl Qcow2 {
+    /// Changes an entry of a table. The slice is listed as dirty before its lock is given back:
+    /// a flush on another thread never sees the change, or what it freed, without the slice.
+    pub(super) fn set_entry(
+        &self,
+        slice: &Arc<TableSlice>,
+        change: &SliceChange<'_>,
+        place: usize,
+        value: u64,
+    ) {
+        if change.set(place, value) {
+            self.pending.add_dirty(slice);
+        }
     }
 }
 

@@ -197,11 +197,10 @@ impl Qcow2 {
             table,
             copied: true,
         };
-        let first_change = slice.change().set(in_l1_slice(index), table | COPIED);
+        let change = slice.change();
+        self.set_entry(&slice, &change, in_l1_slice(index), table | COPIED);
         self.pending.l1_changed();
-        if first_change {
-            self.pending.add_dirty(&slice);
-        }
+        drop(change);
         if let Some(old) = before {
             let size = self.geometry.cluster_size();
             self.slices.retire(old.table, old.table + size);
