@@ -50,6 +50,8 @@ struct Freed {
     punch: Punch,
     /// Their decompressed content is forgotten with them.
     compressed: Option<Compressed>,
+    /// It was a table: a late reader may have put slices of it into the cache once more.
+    table: bool,
 }
 
 /// Whether the L1 table on the disk is that in memory.
@@ -97,6 +99,18 @@ impl Pending {
             count,
             punch,
             compressed: None,
+            table: false,
+        });
+    }
+
+    /// The cluster of a table that was replaced loses a reference likewise.
+    pub(super) fn free_table(&self, cluster: u64) {
+        lock(&self.freed).push(Freed {
+            first: cluster,
+            count: 1,
+            punch: Punch::No,
+            compressed: None,
+            table: true,
         });
     }
 
@@ -108,6 +122,7 @@ impl Pending {
             // Other compressed data may share the cluster.
             punch: Punch::No,
             compressed: Some(data),
+            table: false,
         });
     }
 
@@ -281,6 +296,10 @@ impl Qcow2 {
             };
             if let Some(data) = freed.compressed {
                 self.decompressed.forget(data);
+            }
+            if freed.table {
+                let end = self.geometry.start(freed.first + freed.count);
+                self.slices.retire(self.geometry.start(freed.first), end);
             }
             if freed.punch == Punch::Yes {
                 self.punch(io, freed).await?;
