@@ -96,14 +96,16 @@ impl Queue {
 impl QueueInner {
     /// Starts a request as far as it gets.
     fn start(self: &Rc<Self>, request: Request) {
-        if let Err(kind) = serve::check(&self.served, &request.op) {
-            self.complete(request.id, Err(kind), buffers_of(request.op));
-            return;
-        }
         let Some(pin) = self.io.pins.pin(&self.io.core.pins) else {
             self.hold(request);
             return;
         };
+        // Under the pin: the size does not change any more, nor is the disk closed.
+        if let Err(kind) = serve::check(&self.served, &request.op) {
+            self.io.pins.unpin(&self.io.core.pins, pin);
+            self.complete(request.id, Err(kind), buffers_of(request.op));
+            return;
+        }
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
         match request.op {
@@ -127,8 +129,7 @@ impl QueueInner {
                     fua,
                 };
                 let allowed = self.served.policy.allows_direct_write()
-                    && !self.is_guarded(range)
-                    && (!fua || self.served.image.mapping_is_durable(range));
+                    && !self.is_guarded(range);
                 let intent = Intent::WriteInPlace;
                 match if allowed {
                     self.try_direct(request.id, range, buffers, pin, intent, fua)
@@ -168,6 +169,10 @@ impl QueueInner {
                 .image
                 .try_map(range, intent, &mut self.io.cache.borrow_mut(), &mut extents);
         if mapped.is_err() || extents.len() != range.len || range.len == 0 {
+            return Err(buffers);
+        }
+        // Asked after the lookup: what was found then is what is durable.
+        if dsync && !self.served.image.mapping_is_durable(range) {
             return Err(buffers);
         }
         let mut entered = Entered::new();
