@@ -612,7 +612,13 @@ fn growing_over_a_longer_backing_file_shows_zeroes() {
             },
         );
         let disk = open(&host);
-        disk.resize(512 << 10).unwrap();
+        let grown = disk.resize(512 << 10);
+        if version == 2 {
+            // There is no way to say zero without writing it.
+            assert_eq!(grown.unwrap_err().kind(), ErrorKind::Unsupported);
+            continue;
+        }
+        grown.unwrap();
         assert!(read(&disk, 0, small as usize) == vec![3; small as usize]);
         let grown = read(&disk, small, (512 << 10) - small as usize);
         assert!(grown.iter().all(|byte| *byte == 0), "{version} {small}");

@@ -18,7 +18,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
 };
 
@@ -69,6 +69,9 @@ pub(super) struct Pending {
     /// Freed clusters whose mappings are gone from the disk, by stamp.
     limbo: Mutex<VecDeque<(u64, Freed)>>,
     l1: AtomicU8,
+    /// Everything that was in the file when it was opened is durable. Before the first sync it need
+    /// not be: another process may have been killed with writes on their way.
+    synced: AtomicBool,
 }
 
 impl Pending {
@@ -85,6 +88,11 @@ impl Pending {
     /// Whether the L1 table on the disk is that in memory.
     pub(super) fn l1_is_clean(&self) -> bool {
         self.l1.load(Ordering::Acquire) == l1_state::CLEAN
+    }
+
+    /// Whether what the file had when it was opened is durable.
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
     }
 
     /// Dirty slices.
@@ -204,6 +212,7 @@ impl Qcow2 {
             .collect();
         self.write_refcounts(io).await?;
         io.sync(self.file).await?;
+        self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
             self.write_all(io, copies).await?;
             io.sync(self.file).await?;
@@ -223,7 +232,8 @@ impl Qcow2 {
             let stamp = io.core.pins.stamp();
             lock(&self.pending.limbo).extend(freed.into_iter().map(|item| (stamp, item)));
         }
-        self.reclaim(io).await
+        self.reclaim(io).await;
+        Ok(())
     }
 
     /// Writes changed reference counts, in their order.
@@ -281,7 +291,7 @@ impl Qcow2 {
 
     /// Gives clusters back whose mapping is gone from the disk and that no request can touch any
     /// more: punched first, if asked, and only then free.
-    async fn reclaim(&self, io: &Io) -> Result<()> {
+    async fn reclaim(&self, io: &Io) {
         let released = io.core.pins.released();
         loop {
             let ready = {
@@ -291,9 +301,7 @@ impl Qcow2 {
                     _ => None,
                 }
             };
-            let Some((_, freed)) = ready else {
-                return Ok(());
-            };
+            let Some((_, freed)) = ready else { return };
             if let Some(data) = freed.compressed {
                 self.decompressed.forget(data);
             }
@@ -301,11 +309,18 @@ impl Qcow2 {
                 let end = self.geometry.start(freed.first + freed.count);
                 self.slices.retire(self.geometry.start(freed.first), end);
             }
-            if freed.punch == Punch::Yes {
-                self.punch(io, freed).await?;
+            if let Err(error) = self.give_back(io, freed).await {
+                // Everything is durable, which is what the flush was about.
+                tracing::warn!(%error, "freed clusters stay allocated: a check will find them");
             }
-            self.refcounts.release(io, freed.first, freed.count).await?;
         }
+    }
+
+    async fn give_back(&self, io: &Io, freed: Freed) -> Result<()> {
+        if freed.punch == Punch::Yes {
+            self.punch(io, freed).await?;
+        }
+        self.refcounts.release(io, freed.first, freed.count).await
     }
 
     /// Punches the clusters that have one reference, the one about to go. What a snapshot still

@@ -253,6 +253,9 @@ impl Qcow2 {
 
     /// Whether everything that the mapping of a range relies on is on the disk.
     pub(super) fn is_mapping_durable(&self, range: GuestRange) -> bool {
+        if !self.pending.is_synced() {
+            return false;
+        }
         let (first, end) = self.geometry.touched(range);
         let mut cluster = first;
         while cluster < end {
