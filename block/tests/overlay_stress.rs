@@ -99,7 +99,10 @@ fn drive(disk: &dyn AsyncDiskFile, half: u64, seed: u64) {
             io.reap(&mut out);
         }
         while out.len() < wanted {
-            assert!(io.wait(Some(Duration::from_secs(20))).unwrap(), "a request hangs");
+            assert!(
+                io.wait(Some(Duration::from_secs(20))).unwrap(),
+                "a request hangs"
+            );
             io.reap(&mut out);
         }
         for done in out.drain(..) {
@@ -114,7 +117,11 @@ fn drive(disk: &dyn AsyncDiskFile, half: u64, seed: u64) {
                 let block = start as usize + index;
                 fill(first + block as u64, versions[block], &mut expected);
                 if chunk != expected {
-                    let at = chunk.iter().zip(&expected).position(|(a, b)| a != b).unwrap();
+                    let at = chunk
+                        .iter()
+                        .zip(&expected)
+                        .position(|(a, b)| a != b)
+                        .unwrap();
                     panic!(
                         "half {half} round {round} block {block} version {} of read at {start}+{}: byte {at} is {:#x} not {:#x}",
                         versions[block],
@@ -138,10 +145,14 @@ fn overlay(dir: &Path, codec: &str, cluster: &str) -> std::path::PathBuf {
     let base = dir.join("base.qcow2");
     let options = format!("compression_type={codec},cluster_size={cluster}");
     let (raw, base_name) = (raw.to_str().unwrap(), base.to_str().unwrap());
-    qemu_img(&["convert", "-c", "-O", "qcow2", "-o", &options, raw, base_name]);
+    qemu_img(&[
+        "convert", "-c", "-O", "qcow2", "-o", &options, raw, base_name,
+    ]);
     let path = dir.join("top.qcow2");
     let top = path.to_str().unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-b", base_name, "-F", "qcow2", top]);
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-b", base_name, "-F", "qcow2", top,
+    ]);
     path
 }
 
@@ -154,7 +165,11 @@ fn stress(codec: &str, cluster: &str) {
     ] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = overlay(dir.path(), codec, cluster);
-        let disk = OpenOptions::new().engine(engine).direct(direct).open_disk(&path).unwrap();
+        let disk = OpenOptions::new()
+            .engine(engine)
+            .direct(direct)
+            .open_disk(&path)
+            .unwrap();
         std::thread::scope(|scope| {
             let disk = &disk;
             scope.spawn(move || drive(disk, 0, 0x1234_5678_9abc));
