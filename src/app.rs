@@ -1,6 +1,6 @@
 //! The command line as a whole: which command, and how mistakes in its arguments are told.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, io::IsTerminal};
 
 use clap::{
     Command, CommandFactory, FromArgMatches, Parser, Subcommand,
@@ -110,15 +110,15 @@ pub(crate) fn run(args: Vec<OsString>) -> u8 {
     let persona = Persona::from_argv0(args.first().map(OsString::as_os_str));
     let outcome = match persona {
         Persona::Platter => parse::<PlatterCli>(args, persona).map(|cli| {
-            start_tracing(cli.verbose);
+            start_tracing(cli.verbose, persona);
             run_platter(cli.command, persona)
         }),
         Persona::QemuImg => parse::<QemuImgCli>(args, persona).map(|cli| {
-            start_tracing(0);
+            start_tracing(0, persona);
             run_image(cli.command, persona)
         }),
         Persona::QemuIo => parse::<QemuIoCli>(args, persona).map(|cli| {
-            start_tracing(0);
+            start_tracing(0, persona);
             crate::io::run(cli.args, persona)
         }),
     };
@@ -224,9 +224,11 @@ fn tell_as_qemu(error: &clap::Error, persona: Persona) {
 }
 
 /// Sends what the libraries report to standard error.
-fn start_tracing(verbose: u8) {
+fn start_tracing(verbose: u8, persona: Persona) {
     use tracing_subscriber::EnvFilter;
     let level = match verbose {
+        // QEMU's programs say nothing but what their callers expect.
+        0 if persona.is_qemu() => "off",
         0 => "warn",
         1 => "info",
         2 => "debug",
@@ -240,6 +242,7 @@ fn start_tracing(verbose: u8) {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .with_target(false)
         .try_init();

@@ -1,15 +1,17 @@
 //! `platter check`: looks for damage, and repairs it.
 
-use block::AsyncDiskFile;
+use block::{
+    Format,
+    formats::qcow2::check::{CheckReport, Repair},
+};
 use clap::Args;
-use serde_json::{Map, Value};
 
 use crate::{
     grumble,
     image::{
-        maintenance::{self, CheckReport, Repair},
-        open::{self, OpenHow, ShareArgs},
-        spec::ImageSpec,
+        maintenance::{self, Checked},
+        open::{self, ShareArgs},
+        spec::{ImageSpec, could_not_open},
     },
     say,
     util::{
@@ -82,31 +84,48 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
     };
     let format = args.format.as_deref();
     let spec = ImageSpec::parse(file, args.share.image_opts, format, persona)?;
-    let how = OpenHow {
-        read_only: repair == Repair::None,
-        repair: repair != Repair::None,
-        force_share: args.share.force_share,
-        cache: open::cache_mode(&args.cache)?,
-        no_backing: true,
-        ..OpenHow::default()
+    // The check goes through the page cache and reads each table once, whatever the mode.
+    open::cache_mode(&args.cache)?;
+    let cannot_open = |error: block::Error| {
+        let reason = open::explain(&error, &spec.path, persona);
+        could_not_open(&spec.display().to_string(), &reason, persona)
     };
-    let disk = open::open(&spec, &how, persona)?;
-    let report = match maintenance::check(&*disk, repair) {
-        Ok(Some(report)) => report,
-        Ok(None) => {
-            return Err(Failure::new("This image format does not support checks").status(63));
+    let format = match spec.format {
+        Some(format) => format,
+        None => maintenance::format_of(&spec.path).map_err(cannot_open)?,
+    };
+    if format != Format::Qcow2 {
+        return Err(Failure::new("This image format does not support checks").status(63));
+    }
+    let as_json = args.output == "json";
+    let mut tell = |line: &str| {
+        // Repairs are told on the standard output, what is wrong on the standard error.
+        grumble!("{line}");
+    };
+    let share = args.share.force_share;
+    let mut check = |repair| match maintenance::check_qcow2(&spec.path, repair, share, &mut tell) {
+        Checked::Unusable(error) => Err(cannot_open(error)),
+        Checked::Report(Err(error)) => {
+            Err(Failure::new(format!("Check failed: {}", error.message())))
         }
-        Err(error) => return Err(Failure::new(format!("Check failed: {}", error.message()))),
+        Checked::Report(Ok(report)) => Ok(report),
     };
-    if args.output == "json" {
-        report.messages.iter().for_each(|line| grumble!("{line}"));
-        json::print(&describe(&report, &spec, &*disk));
+    let mut report = check(repair)?;
+    if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
+        let (corruptions, leaks) = (report.corruptions_fixed, report.leaks_fixed);
+        if !as_json && !args.quiet {
+            say!(
+                "The following inconsistencies were found and repaired:\n\n    {leaks} leaked clusters\n    {corruptions} corruptions\n\nDouble checking the fixed image now..."
+            );
+        }
+        report = check(Repair::None)?;
+        (report.corruptions_fixed, report.leaks_fixed) = (corruptions, leaks);
+    }
+    if as_json {
+        json::print(&report);
     } else {
         print(&report, args.quiet);
     }
-    // A check that changed nothing wrote nothing; one that repaired must have reached the file.
-    disk.close()
-        .map_err(|error| Failure::new(error.to_string()))?;
     Ok(if report.check_errors > 0 {
         1
     } else if report.corruptions > 0 {
@@ -119,18 +138,8 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
 }
 
 fn print(report: &CheckReport, quiet: bool) {
-    for line in &report.messages {
-        grumble!("{line}");
-    }
     if quiet {
         return;
-    }
-    if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
-        say!(
-            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\nDouble checking the fixed image now...",
-            report.leaks_fixed,
-            report.corruptions_fixed
-        );
     }
     if report.corruptions + report.leaks + report.check_errors == 0 {
         say!("No errors were found on the image.");
@@ -165,32 +174,7 @@ fn print(report: &CheckReport, quiet: bool) {
             percent(report.compressed_clusters, report.allocated_clusters),
         );
     }
-    if let Some(end) = report.image_end_offset {
-        say!("Image end offset: {end}");
+    if report.image_end_offset > 0 {
+        say!("Image end offset: {}", report.image_end_offset);
     }
-}
-
-fn describe(report: &CheckReport, spec: &ImageSpec, disk: &dyn AsyncDiskFile) -> Value {
-    let mut map = Map::new();
-    map.insert("filename".into(), spec.display().to_string().into());
-    map.insert("format".into(), disk.format().name().into());
-    map.insert("check-errors".into(), report.check_errors.into());
-    if let Some(end) = report.image_end_offset {
-        map.insert("image-end-offset".into(), end.into());
-    }
-    for (key, value) in [
-        ("corruptions", report.corruptions),
-        ("leaks", report.leaks),
-        ("corruptions-fixed", report.corruptions_fixed),
-        ("leaks-fixed", report.leaks_fixed),
-        ("total-clusters", report.total_clusters),
-        ("allocated-clusters", report.allocated_clusters),
-        ("fragmented-clusters", report.fragmented_clusters),
-        ("compressed-clusters", report.compressed_clusters),
-    ] {
-        if value > 0 {
-            map.insert(key.into(), value.into());
-        }
-    }
-    map.into()
 }

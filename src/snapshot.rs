@@ -1,13 +1,13 @@
 //! `platter snapshot`: internal snapshots.
 
-use block::{Error, ErrorKind};
+use block::{Error, ErrorKind, Format};
 use clap::Args;
 
 use crate::{
     image::{
-        maintenance,
+        maintenance::{self, SnapshotAction},
         open::{self, OpenHow, ShareArgs},
-        spec::ImageSpec,
+        spec::{ImageSpec, could_not_open},
     },
     util::{
         errno,
@@ -75,41 +75,58 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
     };
     let format = args.format.as_deref();
     let spec = ImageSpec::parse(file, args.share.image_opts, format, persona)?;
-    let changes = actions[1..].contains(&true);
-    let how = OpenHow {
-        read_only: !changes,
-        force_share: args.share.force_share,
-        no_backing: true,
-        ..OpenHow::default()
-    };
-    let disk = open::open(&spec, &how, persona)?;
-    let failed = |action: &str, name: &str, error: &Error| {
-        let reason = reason(error);
-        Failure::new(format!("Could not {action} snapshot '{name}': {reason}"))
-    };
-    if let Some(name) = &args.create {
-        maintenance::snapshot_create(&*disk, name).map_err(|e| failed("create", name, &e))?;
+    let action = if let Some(name) = &args.create {
+        Some((SnapshotAction::Create, name))
     } else if let Some(name) = &args.apply {
-        maintenance::snapshot_apply(&*disk, name).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Failure::new(format!(
-                "Could not apply snapshot '{name}': Failed to load snapshot: {}",
-                errno::text(libc::ENOENT)
-            )),
-            _ => failed("apply", name, &e),
-        })?;
-    } else if let Some(name) = &args.delete {
-        maintenance::snapshot_delete(&*disk, name).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Failure::new(format!(
-                "Could not delete snapshot '{name}': snapshot not found"
-            )),
-            _ => failed("delete", name, &e),
-        })?;
-    } else if !args.quiet {
-        snapshots::print(&disk.info().snapshots);
-    }
-    disk.close()
-        .map_err(|error| Failure::new(error.to_string()))?;
+        Some((SnapshotAction::Apply, name))
+    } else {
+        let delete = args.delete.as_ref();
+        delete.map(|name| (SnapshotAction::Delete, name))
+    };
+    let Some((action, name)) = action else {
+        let how = OpenHow {
+            force_share: args.share.force_share,
+            no_backing: true,
+            ..OpenHow::reading()
+        };
+        let disk = open::open(&spec, &how, persona)?;
+        if !args.quiet {
+            snapshots::print(&disk.info().snapshots);
+        }
+        return Ok(0);
+    };
+    let format = match spec.format {
+        Some(format) => format,
+        None => maintenance::format_of(&spec.path)
+            .map_err(|error| cannot_open(&spec, &error, persona))?,
+    };
+    let done = if format == Format::Qcow2 {
+        maintenance::snapshot(&spec.path, action, name)
+    } else {
+        Err(ErrorKind::Unsupported.into())
+    };
+    done.map_err(|error| refuse(action, name, &error))?;
     Ok(0)
+}
+
+fn cannot_open(spec: &ImageSpec, error: &Error, persona: Persona) -> Failure {
+    let reason = open::explain(error, &spec.path, persona);
+    could_not_open(&spec.display().to_string(), &reason, persona)
+}
+
+fn refuse(action: SnapshotAction, name: &str, error: &Error) -> Failure {
+    let missing = error.kind() == ErrorKind::NotFound;
+    let (verb, reason) = match action {
+        SnapshotAction::Create => ("create", reason(error)),
+        SnapshotAction::Apply if missing => {
+            let text = errno::text(libc::ENOENT);
+            ("apply", format!("Failed to load snapshot: {text}"))
+        }
+        SnapshotAction::Apply => ("apply", reason(error)),
+        SnapshotAction::Delete if missing => ("delete", "snapshot not found".into()),
+        SnapshotAction::Delete => ("delete", reason(error)),
+    };
+    Failure::new(format!("Could not {verb} snapshot '{name}': {reason}"))
 }
 
 fn reason(error: &Error) -> String {

@@ -418,6 +418,11 @@ impl AsyncIo for Queue {
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()> {
+        if self.driver().is_notifying() {
+            return Err(Error::unsupported(
+                "watch: the notifier of this thread was asked for; wait for the descriptor beside it",
+            ));
+        }
         let owner = Owner::Watch {
             queue: self.inner.number.get(),
             id,

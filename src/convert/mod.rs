@@ -13,7 +13,6 @@ use crate::{
     create::parse_size,
     image::{
         create::{self, CreateRequest},
-        maintenance,
         open::{self, OpenHow, ShareArgs},
         spec::{ImageSpec, could_not_open},
     },
@@ -275,14 +274,21 @@ fn open_snapshot(
     let mut pairs = KeyVals::parse(text, None);
     let named = pairs.take("snapshot.name").or(pairs.take("snapshot.id"));
     let name = named.unwrap_or_else(|| text.to_owned());
-    let disk = open::open(spec, how, persona)?;
-    maintenance::snapshot_view(disk, &name).map_err(|error| {
-        let reason = match error.kind() {
-            block::ErrorKind::NotFound => "Can't find snapshot".to_owned(),
-            _ => error.message(),
-        };
-        Failure::new(format!("Failed to load snapshot: {reason}"))
-    })
+    let how = OpenHow {
+        snapshot: Some(name.clone()),
+        ..how.clone()
+    };
+    // A name that is not there is told apart from a file that is not.
+    let current = OpenHow {
+        snapshot: None,
+        no_backing: true,
+        ..how.clone()
+    };
+    let snapshots = open::open(spec, &current, persona)?.info().snapshots;
+    if snapshots.iter().all(|one| one.name != name && one.id != name) {
+        return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
+    }
+    open::open(spec, &how, persona)
 }
 
 fn make(

@@ -43,8 +43,8 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
-    /// Open although it is marked corrupt.
-    pub(crate) repair: bool,
+    /// Show this internal snapshot.
+    pub(crate) snapshot: Option<String>,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
     /// Open files that the image names only if its own format was named.
@@ -120,7 +120,6 @@ pub(crate) fn open_quietly(
         .locking(locking)
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
-        .allow_corrupt(how.repair)
         .restartable(how.restartable)
         .discard(how.discard.unwrap_or(DiscardPolicy::Unmap));
     if persona.is_qemu() {
@@ -136,6 +135,9 @@ pub(crate) fn open_quietly(
     }
     if let Some(bytes) = caches.bytes {
         open = open.metadata_cache_size(bytes);
+    }
+    if let Some(name) = &how.snapshot {
+        open = open.snapshot(name);
     }
     if let Some(backing) = &how.backing {
         open = open.backing(&backing.path, backing.format);
@@ -270,13 +272,29 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
         ErrorKind::ReadOnly => Some(errno::text(libc::EROFS)),
         _ => None,
     };
+    if persona.is_qemu()
+        && let Some(below) = error.message().strip_prefix("backing file: ")
+    {
+        return match of_host {
+            Some(text) => {
+                let name = below.split_once(": ").map_or(below, |(name, _)| name);
+                format!("Could not open backing file: Could not open '{name}': {text}")
+            }
+            None => format!("Could not open backing file: {below}"),
+        };
+    }
     let text = match of_host {
         Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),
         _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => format!(
             "Failed to get \"write\" lock\nIs another process using the image [{}]?",
             file.display()
         ),
-        _ if persona.is_qemu() => error.message(),
+        _ if persona.is_qemu() => {
+            // The library adds which field has which value.
+            let text = error.message();
+            let end = text.find(" (field ").unwrap_or(text.len());
+            text[..end].to_owned()
+        }
         _ if error.file().is_some_and(|file| file != path) => error.to_string(),
         _ => error.message(),
     };

@@ -110,8 +110,12 @@ pub trait AsyncIo {
     /// completion with this `id` and no buffers is reaped and the watch is over. The caller keeps `fd`
     /// open until then, or until this queue is dropped.
     ///
+    /// A thread sleeps in one place: either in `wait`, with watches, or in its own event loop, with
+    /// the [`notifier`](Self::notifier) beside its other descriptors.
+    ///
     /// # Errors
-    /// The host's error when the descriptor cannot be watched.
+    /// [`Unsupported`](ErrorKind::Unsupported) once the notifier of the calling thread was asked
+    /// for; the host's error when the descriptor cannot be watched.
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()>;
 
     /// Blocks until there is something to reap or `timeout` has passed; returns whether there is.
