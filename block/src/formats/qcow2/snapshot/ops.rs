@@ -2,7 +2,7 @@
 //!
 //! Nobody else uses the image meanwhile: the disk is drained and flushed, and whoever keeps tables in
 //! memory forgets them afterwards. Everything is read from the file and written to it here; reference
-//! counts alone go through [`Refcounts`], which an opened image shares with its data path.
+//! counts alone go through `Refcounts`, which an opened image shares with its data path.
 //!
 //! The order on the disk: COPIED flags are cleared before reference counts go up, which go up before
 //! anything new is named; what is not named any more loses its references afterwards, and flags are
