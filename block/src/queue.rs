@@ -18,10 +18,10 @@ use smallvec::SmallVec;
 use crate::{
     Error, ErrorKind, FileId, GuestRange, Result,
     hooks::Mutation,
-    image::{ExtentKind, Extents, Intent},
+    image::{Extent, ExtentKind, Extents, Intent},
     io::{
-        AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, NewOp, OpKind, Owner,
-        Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
+        AsyncIo, Buffers, Completion, Driver, EngineFile, Eof, FileView, InFlight, Io, Key, NewOp,
+        OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
     },
     serve::{self, Served},
 };
@@ -31,6 +31,28 @@ const MAX_DEPTH: u32 = 65_536;
 
 /// Ranges a write entered in the tables of its files.
 type Entered = SmallVec<[(FileId, u64, u64); 2]>;
+
+/// The change that a request makes which hit the map.
+fn mutation_of(intent: Intent, range: GuestRange) -> Option<Mutation> {
+    (intent == Intent::WriteInPlace).then_some(Mutation::Write(range))
+}
+
+/// What an operation needs to know of its file.
+struct FileUse {
+    engine_file: EngineFile,
+    unit: u32,
+    eof: Eof,
+}
+
+impl FileUse {
+    fn of(view: FileView<'_>) -> Self {
+        Self {
+            engine_file: view.engine_file,
+            unit: view.entry.file.alignment().offset,
+            eof: view.entry.eof(),
+        }
+    }
+}
 
 /// A request whose host operations are in flight.
 struct Direct {
@@ -57,8 +79,15 @@ pub(crate) struct QueueInner {
 }
 
 /// The data plane of one device queue.
+///
+/// What [`submit`](AsyncIo::submit) starts is held back for the [`wait`](AsyncIo::wait) that is about
+/// to follow: handing it to the host and sleeping are one system call then. A caller that never
+/// waits, but reaps again and again, or sleeps on the notifier, is not left hanging: the second reap
+/// hands over, and once the notifier was asked for nothing is held back.
 pub(crate) struct Queue {
     inner: Rc<QueueInner>,
+    /// Nothing was reaped since the last submission.
+    plugged: bool,
     /// The disk stays open while a queue of it exists. Dropped last.
     _keep: Arc<dyn Any>,
 }
@@ -85,7 +114,11 @@ impl Queue {
         });
         let sink: Weak<QueueInner> = Rc::downgrade(&inner);
         inner.number.set(inner.io.driver.add_queue(sink));
-        Ok(Self { inner, _keep: keep })
+        Ok(Self {
+            inner,
+            plugged: false,
+            _keep: keep,
+        })
     }
 
     fn driver(&self) -> &Rc<Driver> {
@@ -94,18 +127,19 @@ impl Queue {
 }
 
 impl QueueInner {
-    /// Starts a request as far as it gets.
-    fn start(self: &Rc<Self>, request: Request) {
-        let Some(pin) = self.io.pins.pin(&self.io.core.pins) else {
+    /// Starts a request as far as it gets, pinned along with `held`; without that it waits until the
+    /// disk is no longer drained.
+    fn start(self: &Rc<Self>, request: Request, held: Option<Pin>) {
+        let Some(held) = held else {
             self.hold(request);
             return;
         };
         // Under the pin: the size does not change any more, nor is the disk closed.
         if let Err(kind) = serve::check(&self.served, &request.op) {
-            self.io.pins.unpin(&self.io.core.pins, pin);
             self.complete(request.id, Err(kind), buffers_of(request.op));
             return;
         }
+        let pin = self.io.pins.pin_along(held);
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
         match request.op {
@@ -143,6 +177,18 @@ impl QueueInner {
         }
     }
 
+    /// Starts requests under one pin.
+    fn start_all(self: &Rc<Self>, requests: impl IntoIterator<Item = Request>) {
+        let pins = &self.io.core.pins;
+        let pin = self.io.pins.pin(pins);
+        for request in requests {
+            self.start(request, pin);
+        }
+        if let Some(pin) = pin {
+            self.io.pins.unpin(pins, pin);
+        }
+    }
+
     fn is_guarded(&self, range: GuestRange) -> bool {
         match &self.served.guard {
             Some(guard) => guard.concerns(range, self.served.image.size()),
@@ -174,6 +220,17 @@ impl QueueInner {
         if dsync && !self.served.image.mapping_is_durable(range) {
             return Err(buffers);
         }
+        if let [
+            Extent {
+                kind: ExtentKind::Data { file, offset },
+                ..
+            },
+        ] = extents.as_slice()
+        {
+            let place = (*file, offset.0);
+            drop(extents);
+            return self.start_single(id, range, buffers, pin, intent, dsync, place);
+        }
         let mut entered = Entered::new();
         if !self.can_start(&extents, &buffers, intent, &mut entered) {
             self.leave(&entered);
@@ -185,40 +242,21 @@ impl QueueInner {
             pin,
             operations: 1,
             error: None,
-            mutation: (intent == Intent::WriteInPlace).then_some(Mutation::Write(range)),
+            mutation: mutation_of(intent, range),
             entered,
         });
-        let kind = |eof| match intent {
-            Intent::Read => OpKind::Read { eof },
-            Intent::WriteInPlace => OpKind::Write { dsync },
-        };
         let mut at = 0;
         for extent in extents.as_slice() {
             if let ExtentKind::Data { file, offset } = extent.kind {
-                let segments = if extents.as_slice().len() == 1 {
-                    Segments::from_slice(buffers.segments())
-                } else {
-                    buffers.part(at, extent.len)
-                };
                 if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
                     direct.operations += 1;
                 }
                 // Files were registered when `can_start` looked at them.
-                let op = self.io.with_file(file, |view| NewOp {
-                    kind: kind(view.entry.eof()),
-                    file: view.engine_file,
-                    offset: offset.0,
-                    segments,
-                    unit: view.entry.file.alignment().offset,
-                    buffer: None,
-                });
-                match op {
-                    Ok(op) => {
-                        let owner = Owner::Request {
-                            queue: self.number.get(),
-                            slot,
-                        };
-                        self.io.driver.start(op, owner);
+                let started = self.io.with_file(file, FileUse::of);
+                match started {
+                    Ok(file) => {
+                        let segments = buffers.part(at, extent.len);
+                        self.start_operation(slot, &file, intent, dsync, offset.0, segments);
                     }
                     Err(error) => self.operation_ended(slot, Err(error.kind())),
                 }
@@ -234,6 +272,78 @@ impl QueueInner {
         }
         self.operation_ended(slot, Ok(()));
         Ok(())
+    }
+
+    /// [`try_direct`](Self::try_direct) for what almost every request is: one run of a file.
+    #[expect(clippy::too_many_arguments, reason = "a part of its one caller")]
+    fn start_single(
+        &self,
+        id: u64,
+        range: GuestRange,
+        buffers: Buffers,
+        pin: Pin,
+        intent: Intent,
+        dsync: bool,
+        (file, offset): (FileId, u64),
+    ) -> Result<(), Buffers> {
+        let mut entered = Entered::new();
+        let usable = self.io.with_file(file, |view| {
+            if !view.entry.file.alignment().is_none() {
+                if !is_aligned(view.entry, offset, buffers.segments()) {
+                    return None;
+                }
+                if intent == Intent::WriteInPlace
+                    && let Some(ranges) = &view.entry.ranges
+                {
+                    let end = offset.saturating_add(range.len);
+                    if !ranges.try_enter(offset, end) {
+                        return None;
+                    }
+                    entered.push((file, offset, end));
+                }
+            }
+            Some(FileUse::of(view))
+        });
+        let Ok(Some(file)) = usable else {
+            return Err(buffers);
+        };
+        let segments = Segments::from_slice(buffers.segments());
+        let slot = self.direct.borrow_mut().insert(Direct {
+            id,
+            buffers: Some(buffers),
+            pin,
+            operations: 1,
+            error: None,
+            mutation: mutation_of(intent, range),
+            entered,
+        });
+        self.start_operation(slot, &file, intent, dsync, offset, segments);
+        Ok(())
+    }
+
+    /// Starts an operation of the request in `slot`, which keeps the memory of the segments.
+    fn start_operation(
+        &self,
+        slot: Key,
+        file: &FileUse,
+        intent: Intent,
+        dsync: bool,
+        offset: u64,
+        segments: Segments,
+    ) {
+        let op = NewOp {
+            kind: match intent {
+                Intent::Read => OpKind::Read { eof: file.eof },
+                Intent::WriteInPlace => OpKind::Write { dsync },
+            },
+            file: file.engine_file,
+            offset,
+            segments,
+            unit: file.unit,
+            buffer: None,
+        };
+        let queue = self.number.get();
+        self.io.driver.start(op, Owner::Request { queue, slot });
     }
 
     /// Whether every extent can be given to the engine as it is; enters the ranges of writes.
@@ -319,9 +429,7 @@ impl QueueInner {
             loop {
                 queue.io.core.pins.opened().await;
                 let held = queue.held.take();
-                for request in held {
-                    queue.start(request);
-                }
+                queue.start_all(held);
                 if queue.held.borrow().is_empty() {
                     return;
                 }
@@ -348,30 +456,35 @@ fn buffers_of(op: RequestOp) -> Option<Buffers> {
 
 impl RequestSink for QueueInner {
     fn operation_ended(&self, slot: Key, result: Result<(), ErrorKind>) {
-        let ended = {
-            let mut slots = self.direct.borrow_mut();
-            let Some(direct) = slots.get_mut(slot) else {
-                debug_assert!(false, "an operation ended after its request");
-                return;
-            };
-            if let Err(kind) = result {
-                direct.error.get_or_insert(kind);
-            }
-            direct.operations -= 1;
-            if direct.operations > 0 {
-                return;
-            }
-            slots.remove(slot)
+        let mut slots = self.direct.borrow_mut();
+        let Some(direct) = slots.get_mut(slot) else {
+            debug_assert!(false, "an operation ended after its request");
+            return;
         };
-        let Some(direct) = ended else { return };
-        self.leave(&direct.entered);
-        self.io.pins.unpin(&self.io.core.pins, direct.pin);
+        if let Err(kind) = result {
+            direct.error.get_or_insert(kind);
+        }
+        direct.operations -= 1;
+        if direct.operations > 0 {
+            return;
+        }
+        let (id, pin, mutation) = (direct.id, direct.pin, direct.mutation);
         let result = direct.error.map_or(Ok(()), Err);
+        let entered = std::mem::take(&mut direct.entered);
+        // Moved once, from here to where it is reaped: it is large.
+        self.completed.borrow_mut().push(Completion {
+            id,
+            result,
+            buffers: direct.buffers.take(),
+        });
+        slots.discard(slot);
+        drop(slots);
+        self.leave(&entered);
+        self.io.pins.unpin(&self.io.core.pins, pin);
         if let Err(kind) = result {
             tracing::warn!(disk = %self.io.core.path.display(), %kind, "host operation failed");
         }
-        self.served.hooks.end(direct.mutation, result);
-        self.complete(direct.id, result, direct.buffers);
+        self.served.hooks.end(mutation, result);
     }
 
     fn watch_fired(&self, id: u64, result: Result<(), ErrorKind>) {
@@ -386,10 +499,11 @@ impl AsyncIo for Queue {
         let room = inner.capacity.saturating_sub(inner.in_flight.get());
         let take = room.min(batch.len());
         inner.in_flight.add(take);
-        for request in batch.drain(..take) {
-            inner.start(request);
+        inner.start_all(batch.drain(..take));
+        self.plugged = true;
+        if self.driver().is_notifying() {
+            self.driver().submit();
         }
-        self.driver().submit();
         if !inner.completed.borrow().is_empty() {
             // Done already: whoever waits for the notifier must come and look.
             self.driver().notify();
@@ -398,10 +512,22 @@ impl AsyncIo for Queue {
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) -> usize {
-        self.driver().turn();
+        let plugged = std::mem::take(&mut self.plugged);
+        // What `wait` found is taken first: the next `wait` looks for more, at no cost of its own.
+        if self.driver().is_notifying() || self.inner.completed.borrow().is_empty() {
+            if plugged {
+                self.driver().turn_plugged();
+            } else {
+                self.driver().turn();
+            }
+        }
         let mut completed = self.inner.completed.borrow_mut();
         let count = completed.len();
-        out.append(&mut completed);
+        if out.is_empty() {
+            std::mem::swap(out, &mut completed);
+        } else {
+            out.append(&mut completed);
+        }
         self.inner.in_flight.remove(count);
         self.driver().delivered(count);
         count
@@ -446,20 +572,24 @@ impl AsyncIo for Queue {
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ready = |queue: &Self| !queue.inner.completed.borrow().is_empty();
+        self.plugged = false;
         loop {
             if ready(self) {
                 return Ok(true);
             }
-            self.driver().turn();
-            if ready(self) {
-                return Ok(true);
+            if !self.driver().can_submit_and_wait() {
+                self.driver().turn();
+                if ready(self) {
+                    return Ok(true);
+                }
             }
             // A wake that moved a task on, but ended no request, does not end the wait.
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Ok(false);
-            }
             self.driver().wait(left)?;
+            self.driver().turn();
+            if left == Some(Duration::ZERO) {
+                return Ok(ready(self));
+            }
         }
     }
 }

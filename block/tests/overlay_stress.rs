@@ -6,7 +6,7 @@ use std::{path::Path, process::Command, time::Duration};
 
 use block::{
     AsyncDiskFile, OpenOptions,
-    io::{AlignedBuf, AsyncIo, Buffers, Completion, EngineKind, Request, RequestOp},
+    io::{AlignedBuf, Buffers, Completion, EngineKind, Request, RequestOp},
 };
 
 const SIZE: u64 = 48 << 20;

@@ -88,7 +88,9 @@ pub struct Completion {
 /// completions and starts what became possible.
 pub trait AsyncIo {
     /// Starts requests from the front of `batch`, removing those it took, with one submission to
-    /// the host for all of them. It takes fewer than all only when
+    /// the host for all of them: at once when somebody asked for the [`notifier`](Self::notifier);
+    /// otherwise with the [`wait`](Self::wait) that follows, so that both are one system call, or
+    /// with the second [`reap`](Self::reap). It takes fewer than all only when
     /// [`capacity`](Self::capacity) is reached; the rest stays and can be offered again after the
     /// next completion. Returns the number taken.
     fn submit(&mut self, batch: &mut Vec<Request>) -> usize;

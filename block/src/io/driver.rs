@@ -238,6 +238,8 @@ impl Driver {
     /// the driver. From the first call on, completions are signalled to it.
     pub(crate) fn notifier(&self) -> BorrowedFd<'_> {
         if !self.notifying.replace(true) {
+            // What was held back for `wait` might never see one.
+            self.submit();
             let engine = self.engine.borrow();
             let _ = engine.notifier();
         }
@@ -259,11 +261,6 @@ impl Driver {
         }
     }
 
-    /// Whether somebody may sleep on the notifier.
-    pub(crate) fn is_notifying(&self) -> bool {
-        self.notifying.get()
-    }
-
     /// Makes the notifier readable, if somebody asked for it.
     pub(crate) fn notify(&self) {
         if self.notifying.get() {
@@ -279,20 +276,26 @@ impl Driver {
             .iter()
             .map(|segment| segment.len() as u64)
             .sum();
-        let op = Op {
-            new,
-            total,
-            done: 0,
-            interruptions: 0,
-            owner,
-            result: None,
-        };
-        let boxed = match self.spare.borrow_mut().pop() {
-            Some(mut spare) => {
-                *spare = op;
-                spare
+        let spare = self.spare.borrow_mut().pop();
+        let boxed = match spare {
+            Some(mut op) => {
+                // Field by field: an operation is large, and this way it is copied once.
+                op.new = new;
+                op.total = total;
+                op.done = 0;
+                op.interruptions = 0;
+                op.owner = owner;
+                op.result = None;
+                op
             }
-            None => Box::new(op),
+            None => Box::new(Op {
+                new,
+                total,
+                done: 0,
+                interruptions: 0,
+                owner,
+                result: None,
+            }),
         };
         let key = self.ops.borrow_mut().insert(boxed);
         if self.backlog.borrow().is_empty() {
@@ -473,11 +476,27 @@ impl Driver {
         }
     }
 
+    /// Whether somebody may sleep on the notifier, outside of [`wait`](Self::wait).
+    pub(crate) fn is_notifying(&self) -> bool {
+        self.notifying.get()
+    }
+
+    /// Whether [`wait`](Self::wait) can hand what is held back to the host and sleep with one system
+    /// call, without a [`turn`](Self::turn) before.
+    pub(crate) fn can_submit_and_wait(&self) -> bool {
+        self.unsubmitted.get() && !self.notifying.get() && self.backlog.borrow().is_empty()
+    }
+
     /// Moves everything on as far as it gets without waiting.
     pub(crate) fn turn(&self) {
+        self.submit();
+        self.turn_plugged();
+    }
+
+    /// A [`turn`](Self::turn) that leaves what is held back until the next one, unless there is more.
+    pub(crate) fn turn_plugged(&self) {
         let before = CURRENT.replace(Arc::as_ptr(&self.wakes));
         loop {
-            self.submit();
             let mut finished = self.finished.take();
             self.engine.borrow_mut().reap(&mut finished);
             let mut progress = !finished.is_empty();
@@ -493,6 +512,7 @@ impl Driver {
             if !progress {
                 break;
             }
+            self.submit();
         }
         CURRENT.set(before);
     }

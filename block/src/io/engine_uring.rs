@@ -85,6 +85,14 @@ enum Kind {
     Watch,
 }
 
+/// The file of an operation, as an entry names it.
+#[derive(Clone, Copy)]
+struct Target {
+    fd: RawFd,
+    unit: usize,
+    flags: squeue::Flags,
+}
+
 /// An operation in flight.
 struct Slot {
     token: Token,
@@ -240,25 +248,13 @@ impl UringEngine {
     }
 
     /// The entry of an operation, without its user data; an engine result when it cannot be made.
-    fn entry(&mut self, slot: u32, op: &HostOp<'_>) -> Result<(squeue::Entry, Kind), i32> {
-        let file = match op {
-            HostOp::Read { file, .. }
-            | HostOp::Write { file, .. }
-            | HostOp::Sync { file }
-            | HostOp::Fallocate { file, .. } => Some(*file),
-            HostOp::Timer { .. } | HostOp::PollReadable { .. } => None,
-        };
-        let (fd, unit, flags) = match file {
-            None => (-1, 1, squeue::Flags::empty()),
-            Some(file) => {
-                let known = self.files.get(file).ok_or(-libc::EBADF)?;
-                if self.fixed.get(file.0 as usize) == Some(&true) {
-                    (file.0 as RawFd, known.unit, squeue::Flags::FIXED_FILE)
-                } else {
-                    (known.fd, known.unit, squeue::Flags::empty())
-                }
-            }
-        };
+    fn entry(
+        &mut self,
+        slot: u32,
+        op: &HostOp<'_>,
+        target: Target,
+    ) -> Result<(squeue::Entry, Kind), i32> {
+        let Target { fd, unit, flags } = target;
         // An offset of -1 means the current position to the kernel, others are negative.
         let check = |offset: u64| i64::try_from(offset).map(|_| offset);
         let (entry, kind) = match *op {
@@ -429,19 +425,37 @@ impl Engine for UringEngine {
     }
 
     unsafe fn start(&mut self, token: Token, op: HostOp<'_>) -> Started {
-        if let HostOp::Read { file, .. }
-        | HostOp::Write { file, .. }
-        | HostOp::Sync { file }
-        | HostOp::Fallocate { file, .. } = op
-            && self.files.get(file).is_some_and(|file| file.in_memory)
-        {
-            // SAFETY: the caller vouches for the memory.
-            return Started::Done(unsafe { sys::perform(&self.files, &op) });
-        }
+        let target = match op {
+            HostOp::Read { file, .. }
+            | HostOp::Write { file, .. }
+            | HostOp::Sync { file }
+            | HostOp::Fallocate { file, .. } => match self.files.get(file) {
+                None => return Started::Done(-libc::EBADF),
+                Some(known) if known.in_memory => {
+                    // SAFETY: the caller vouches for the memory.
+                    return Started::Done(unsafe { sys::perform(&self.files, &op) });
+                }
+                Some(known) if self.fixed.get(file.0 as usize) == Some(&true) => Target {
+                    fd: file.0 as RawFd,
+                    unit: known.unit,
+                    flags: squeue::Flags::FIXED_FILE,
+                },
+                Some(known) => Target {
+                    fd: known.fd,
+                    unit: known.unit,
+                    flags: squeue::Flags::empty(),
+                },
+            },
+            HostOp::Timer { .. } | HostOp::PollReadable { .. } => Target {
+                fd: -1,
+                unit: 1,
+                flags: squeue::Flags::empty(),
+            },
+        };
         let Some(index) = self.free.pop() else {
             return Started::Full;
         };
-        let (entry, kind) = match self.entry(index, &op) {
+        let (entry, kind) = match self.entry(index, &op, target) {
             Ok(made) => made,
             Err(result) => {
                 self.free.push(index);

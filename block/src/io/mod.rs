@@ -44,8 +44,8 @@ pub use pool::Pool;
 pub(crate) use self::core::DiskCore;
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
-pub(crate) use driver::{Driver, NewOp, OpKind, Owner, RequestSink};
-pub(crate) use handle::is_aligned;
+pub(crate) use driver::{Driver, Eof, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use handle::{FileView, is_aligned};
 pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};

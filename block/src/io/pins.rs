@@ -147,9 +147,28 @@ impl QueuePins {
         Some(pin)
     }
 
+    /// Pins what `held`, a pin of this queue, pins: without a fence, because whatever is looked up
+    /// under the new pin is looked up under that one, too.
+    pub(crate) fn pin_along(&self, held: Pin) -> Pin {
+        let mut pinned = self.pinned.borrow_mut();
+        let entry = pinned
+            .iter_mut()
+            .rev()
+            .find(|(epoch, _)| *epoch == held.0)
+            .expect("the pin that is held");
+        entry.1 += 1;
+        held
+    }
+
     /// Ends a request's pin.
     pub(crate) fn unpin(&self, pins: &Pins, pin: Pin) {
         let mut pinned = self.pinned.borrow_mut();
+        if let Some((epoch, count @ 2..)) = pinned.front_mut()
+            && *epoch == pin.0
+        {
+            *count -= 1;
+            return;
+        }
         let Some(entry) = pinned.iter_mut().find(|(epoch, _)| *epoch == pin.0) else {
             debug_assert!(false, "unpinned an epoch that was not pinned");
             return;
@@ -202,6 +221,21 @@ mod tests {
         assert!(pins.released() > stamp);
         assert_ne!(pins.released(), IDLE);
         queue.unpin(&pins, younger);
+        assert_eq!(pins.released(), IDLE);
+    }
+
+    #[test]
+    fn a_pin_along_another_outlives_it() {
+        let pins = Pins::default();
+        let queue = pins.register();
+        let batch = queue.pin(&pins).unwrap();
+        let stamp = pins.stamp();
+        let other = queue.pin(&pins).unwrap();
+        let request = queue.pin_along(batch);
+        queue.unpin(&pins, batch);
+        queue.unpin(&pins, other);
+        assert!(pins.released() <= stamp);
+        queue.unpin(&pins, request);
         assert_eq!(pins.released(), IDLE);
     }
 

@@ -12,10 +12,17 @@ struct Held {
     exclusive: bool,
 }
 
+#[derive(Debug, Default)]
+struct State {
+    held: Vec<Held>,
+    /// Somebody was refused since waiters were last woken.
+    refused: bool,
+}
+
 /// Writes in flight on one file, by host block.
 #[derive(Debug, Default)]
 pub(crate) struct RangeTable {
-    held: Mutex<Vec<Held>>,
+    state: Mutex<State>,
     changed: Notify,
 }
 
@@ -27,12 +34,14 @@ pub(crate) struct RangeGuard<'a> {
 
 impl RangeTable {
     fn try_hold(&self, held: Held) -> bool {
-        let mut list = lock(&self.held);
-        let conflict = list.iter().any(|other| {
+        let mut state = lock(&self.state);
+        let conflict = state.held.iter().any(|other| {
             (other.exclusive || held.exclusive) && other.start < held.end && held.start < other.end
         });
-        if !conflict {
-            list.push(held);
+        if conflict {
+            state.refused = true;
+        } else {
+            state.held.push(held);
         }
         !conflict
     }
@@ -56,14 +65,19 @@ impl RangeTable {
     }
 
     fn release(&self, held: Held) {
-        let mut list = lock(&self.held);
-        let place = list.iter().position(|other| *other == held);
+        let mut state = lock(&self.state);
+        let place = state.held.iter().position(|other| *other == held);
         debug_assert!(place.is_some(), "left a range that was not entered");
         if let Some(place) = place {
-            list.swap_remove(place);
+            state.held.swap_remove(place);
         }
-        drop(list);
-        self.changed.notify_all();
+        // Who waits was refused after it was listed: either that is seen here, or it came later and
+        // saw that this range is gone.
+        let refused = std::mem::take(&mut state.refused);
+        drop(state);
+        if refused {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits for the range and holds it. `start` and `end` are multiples of the host block.

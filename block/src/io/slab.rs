@@ -100,6 +100,18 @@ impl<T> Slab<T> {
             .filter_map(|place| place.value)
     }
 
+    /// Ends a tenancy and drops the value where it is.
+    pub(crate) fn discard(&mut self, key: Key) {
+        let Some(place) = self.places.get_mut(key.index as usize) else {
+            return;
+        };
+        if place.generation == key.generation && place.value.is_some() {
+            place.value = None;
+            place.generation = place.generation.wrapping_add(1);
+            self.free.push(key.index);
+        }
+    }
+
     /// The number of places in use.
     pub(crate) fn len(&self) -> usize {
         self.places.len() - self.free.len()
@@ -121,6 +133,10 @@ mod tests {
         assert_eq!(slab.remove(first), None);
         assert_eq!(slab.get_mut(second), Some(&mut 2));
         assert_eq!(Key::from_u64(second.to_u64()), second);
+        slab.discard(first);
         assert_eq!(slab.len(), 1);
+        slab.discard(second);
+        assert_eq!(slab.len(), 0);
+        assert_eq!(slab.get_mut(second), None);
     }
 }

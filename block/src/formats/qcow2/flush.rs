@@ -22,16 +22,17 @@ use std::{
     },
 };
 
-use super::{Qcow2, l2::Compressed, refcount::DirtyCounts};
+use super::{
+    Qcow2,
+    counts::{write_counts, write_pieces},
+    l2::Compressed,
+};
 use crate::{
     Result,
-    io::{AlignedBuf, FallocateMode, Io},
-    sync::{join_all, lock},
+    io::{FallocateMode, Io},
+    sync::lock,
     table::{SliceChange, TableSlice},
 };
-
-/// Table writes in flight at a time.
-const WRITES_AT_A_TIME: usize = 64;
 
 /// Whether the host gets a freed cluster's space back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +215,7 @@ impl Qcow2 {
         io.sync(self.file).await?;
         self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
-            self.write_all(io, copies).await?;
+            write_pieces(io, self.file, copies).await?;
             io.sync(self.file).await?;
         }
         for slice in &taken.slices {
@@ -238,54 +239,9 @@ impl Qcow2 {
 
     /// Writes changed reference counts, in their order.
     async fn write_refcounts(&self, io: &Io) -> Result<()> {
-        let DirtyCounts {
-            blocks,
-            table,
-            moved,
-        } = self.refcounts.take_dirty();
-        self.write_all(io, blocks).await?;
-        let Some((offset, bytes)) = table else {
-            return Ok(());
-        };
-        // Blocks are durable before the table names them.
-        io.sync(self.file).await?;
-        io.write(self.file, offset, AlignedBuf::from_slice(&bytes))
-            .await?;
-        let Some(moved) = moved else {
-            return Ok(());
-        };
-        // So is the table before the header names it.
-        io.sync(self.file).await?;
         let mut header = lock(&self.header).clone();
-        header.refcount_table_offset = moved.offset;
-        header.refcount_table_clusters = moved.clusters;
-        header.write(io, self.file).await?;
-        io.sync(self.file).await?;
+        write_counts(io, self.file, &self.refcounts, &mut header).await?;
         *lock(&self.header) = header;
-        for (first, count) in self.refcounts.move_done(moved) {
-            self.refcounts.release(io, first, count).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes pieces of the image file, several at a time, neighbours together.
-    async fn write_all(&self, io: &Io, mut pieces: Vec<(u64, Vec<u8>)>) -> Result<()> {
-        pieces.sort_unstable_by_key(|(offset, _)| *offset);
-        let mut merged: Vec<(u64, Vec<u8>)> = Vec::with_capacity(pieces.len());
-        for (offset, bytes) in pieces {
-            match merged.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == offset => run.extend(bytes),
-                _ => merged.push((offset, bytes)),
-            }
-        }
-        for group in merged.chunks(WRITES_AT_A_TIME) {
-            let writes = group
-                .iter()
-                .map(|(offset, bytes)| io.write(self.file, *offset, AlignedBuf::from_slice(bytes)));
-            for result in join_all(writes).await {
-                result?;
-            }
-        }
         Ok(())
     }
 

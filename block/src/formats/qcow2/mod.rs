@@ -13,6 +13,7 @@ mod change;
 pub mod check;
 mod claims;
 mod compressed;
+mod counts;
 pub mod create;
 mod flush;
 pub mod header;
