@@ -285,7 +285,10 @@ fn open_snapshot(
         ..how.clone()
     };
     let snapshots = open::open(spec, &current, persona)?.info().snapshots;
-    if snapshots.iter().all(|one| one.name != name && one.id != name) {
+    if snapshots
+        .iter()
+        .all(|one| one.name != name && one.id != name)
+    {
         return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
     }
     open::open(spec, &how, persona)
