@@ -145,6 +145,7 @@ pub(super) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
     Ok(0)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
 fn failed(error: block::Error) -> Failure {
     Failure::new(error.to_string())
 }

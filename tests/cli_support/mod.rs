@@ -70,6 +70,10 @@ impl Lab {
 }
 
 /// What a program printed that must have ended well.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "reads better where it is called"
+)]
 pub(crate) fn ok(output: Output) -> String {
     let complaints = String::from_utf8_lossy(&output.stderr);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -82,6 +86,10 @@ pub(crate) fn ok(output: Output) -> String {
 }
 
 /// What a program complained about that must have ended with this status.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "reads better where it is called"
+)]
 pub(crate) fn fails(status: i32, output: Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(status), "{text}");
