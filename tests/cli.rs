@@ -281,3 +281,29 @@ fn documentation_is_made() {
     }
     fails(2, lab.platter(&["info", "--no-such-option"]));
 }
+
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    use std::{process::Command, thread::sleep, time::Duration};
+    let lab = Lab::new();
+    ok(lab.platter(&["create", "-q", "-f", "raw", "a.raw", "64M"]));
+    ok(lab.platter(&["io", "-f", "raw", "-c", "write -P 1 0 64M", "a.raw"]));
+    for extra in [&["-O", "qcow2"][..], &["-c", "-O", "qcow2"]] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_platter"))
+            .args(["convert", "-r", "4M", "-f", "raw"])
+            .args(extra)
+            .args(["a.raw", "b.qcow2"])
+            .current_dir(lab.path("."))
+            .spawn()
+            .expect("starts");
+        while !lab.path("b.qcow2").exists() {
+            sleep(Duration::from_millis(10));
+        }
+        sleep(Duration::from_millis(100));
+        let pid = child.id().to_string();
+        let kill = Command::new("kill").args(["-INT", &pid]).status();
+        assert!(kill.expect("runs").success());
+        assert_eq!(child.wait().expect("ends").code(), Some(130));
+        assert!(!lab.path("b.qcow2").exists());
+    }
+}

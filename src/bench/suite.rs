@@ -112,6 +112,7 @@ pub(super) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
                             // An engine that this host does not have is no failure.
                             Err(failure)
                                 if rows.iter().all(|row: &Row| !row.is_of(engine))
+                                    && failure.status == 1
                                     && !failure.to_string().starts_with("VERIFICATION") =>
                             {
                                 notes.push(format!("{engine}: {failure}"));
