@@ -18,6 +18,7 @@ use crate::{
     },
     util::{
         failure::{Failure, Outcome},
+        interrupt,
         keyval::KeyVals,
         persona::Persona,
         progress::Progress,
@@ -179,6 +180,7 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
             "Compression not supported for this file format",
         ));
     }
+    interrupt::watch();
     let made = if args.no_create {
         None
     } else {
