@@ -128,8 +128,7 @@ impl QueueInner {
                     buffers,
                     fua,
                 };
-                let allowed = self.served.policy.allows_direct_write()
-                    && !self.is_guarded(range);
+                let allowed = self.served.policy.allows_direct_write() && !self.is_guarded(range);
                 let intent = Intent::WriteInPlace;
                 match if allowed {
                     self.try_direct(request.id, range, buffers, pin, intent, fua)
