@@ -23,7 +23,7 @@ all_sections="setup format lint docs unit differential iotests guest"
 # Programs that the tests need on the machine itself, and the packages that have them.
 host_packages="cc:gcc ld:binutils python3:python3 xz:xz-utils"
 # Test programs of the root package that have a section of their own.
-lab_tests="guest vhost_client differential"
+lab_tests="guest vhost_client"
 
 section_setup() {
     local pair missing=''
@@ -98,7 +98,7 @@ section_unit() {
 }
 
 section_differential() {
-    cargo test --package platter --locked --no-fail-fast --test differential
+    cargo test --package block --locked --no-fail-fast --test differential
 }
 
 section_iotests() {

@@ -211,7 +211,7 @@ fn open(path: &Path, format: Format, direct: bool) -> Result<Disk> {
 
 enum Any {
     Straight(Straight),
-    Virtio(Virtio),
+    Virtio(Box<Virtio>),
 }
 
 impl platter_benches::side::Load for Any {
@@ -227,7 +227,7 @@ fn start(path: &Path, load: Load) -> Result<Any> {
     let disk = open(path, load.format, load.work.direct)?;
     Ok(match load.front {
         Front::Async => Any::Straight(Straight::new(&disk, load.work)?),
-        Front::Virtio => Any::Virtio(Virtio::new(Box::new(disk), load.work)?),
+        Front::Virtio => Any::Virtio(Box::new(Virtio::new(Box::new(disk), load.work)?)),
     })
 }
 

@@ -45,6 +45,10 @@ struct FileUse {
 }
 
 impl FileUse {
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "the shape of `Io::with_file`'s argument"
+    )]
     fn of(view: FileView<'_>) -> Self {
         Self {
             engine_file: view.engine_file,

@@ -494,31 +494,3 @@ fn hostile_tables_cost_little() {
     assert!(report.corruptions > 0);
     assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
 }
-
-/// Prints the time of a check beside qemu-img's: `cargo test --release … -- --ignored`.
-#[test]
-#[ignore = "a measurement"]
-fn speed_beside_qemu() {
-    let dir = temp_dir();
-    for (options, size) in [
-        ("preallocation=metadata", "1T"),
-        ("preallocation=metadata,cluster_size=4k", "16G"),
-        (
-            "preallocation=metadata,cluster_size=2M,refcount_bits=1",
-            "64T",
-        ),
-    ] {
-        let path = qemu_create(&dir, "speed.qcow2", options, size);
-        for round in 0..2 {
-            let start = std::time::Instant::now();
-            let report = report_of(&path);
-            let ours = start.elapsed();
-            assert!(report.is_clean());
-            let start = std::time::Instant::now();
-            assert_clean(&path, options);
-            let theirs = start.elapsed();
-            println!("{options} {size} round {round}: {ours:?}, qemu-img {theirs:?}");
-        }
-        fs::remove_file(&path).unwrap();
-    }
-}

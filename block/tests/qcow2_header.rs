@@ -55,7 +55,7 @@ fn hostile_fields_are_refused_by_name() {
             24,
             &(1u64 << 40).to_be_bytes(),
         ),
-        ("L1 table is too small", 24, &max64),
+        ("Image is too big", 24, &max64),
         ("field crypt_method: value 3,", 32, &3u32.to_be_bytes()),
         ("Missing CRYPTO header", 32, &2u32.to_be_bytes()),
         ("L1 table is too small", 36, &0u32.to_be_bytes()),

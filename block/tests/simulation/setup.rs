@@ -337,7 +337,7 @@ impl Setup {
         while at < len {
             let part = (len - at).min(cluster_size);
             let bytes = model::bytes(BASE, at, part);
-            if at / cluster_size % 3 == 0 {
+            if (at / cluster_size).is_multiple_of(3) {
                 disk.write_compressed(&bytes, at).unwrap();
             } else {
                 disk.write_at(&bytes, at).unwrap();
