@@ -323,11 +323,7 @@ fn main() -> Result<()> {
     if !options.json {
         println!("{HEAD}");
     }
-    for kind in [
-        Kind::RawWithFio,
-        Kind::Qcow2WithRaw,
-        Kind::VirtioWithAsync,
-    ] {
+    for kind in [Kind::RawWithFio, Kind::Qcow2WithRaw, Kind::VirtioWithAsync] {
         for direct in [true, false] {
             for direction in [Direction::Read, Direction::Write] {
                 let work = Work {

@@ -1,3 +1,30 @@
-//! The `platter` program.
+//! The `platter` program: inspects, converts, checks, benchmarks and serves disk images.
+//!
+//! One file a subcommand; what they share is in [`util`] and [`image`]. Called by the name
+//! `qemu-img` or `qemu-io` it speaks like those.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod app;
+mod bench;
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod dd;
+mod docs;
+mod image;
+mod info;
+mod io;
+mod map;
+mod measure;
+mod resize;
+mod serve;
+mod snapshot;
+mod util;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(app::run(std::env::args_os().collect()))
+}

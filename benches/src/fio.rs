@@ -52,7 +52,11 @@ impl Fio {
             Direction::Write => "randwrite",
         };
         let output = Command::new("fio")
-            .args(["--name=spine", "--ioengine=io_uring", "--output-format=json"])
+            .args([
+                "--name=spine",
+                "--ioengine=io_uring",
+                "--output-format=json",
+            ])
             .args(["--registerfiles=1", "--invalidate=0", "--gtod_reduce=1"])
             .args(["--norandommap", "--allow_file_create=0", "--fallocate=none"])
             .args(["--iodepth_batch_complete_min=1", "--thread=1"])

@@ -118,9 +118,13 @@ impl Disk {
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
         let named = |error: Error| error.path(&self.shared.core.path);
-        serve::check(served, op).map_err(|kind| named(describe(kind, op, served.image.size())))?;
-        self.with_pin(async |io| serve::serve(served, io, op).await)
-            .map_err(named)
+        self.with_pin(async |io| {
+            // Under the pin: a resize would have to wait.
+            serve::check(served, op)
+                .map_err(|kind| describe(kind, op.summary(), served.image.size()))?;
+            serve::serve(served, io, op).await
+        })
+        .map_err(named)
     }
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
@@ -148,24 +152,14 @@ impl Disk {
             work(io).await
         })
     }
-
-    /// The image, for maintenance of its own format.
-    pub(crate) fn served(&self) -> &Served {
-        &self.shared.served
-    }
 }
 
-/// The full error for a request that was refused before it started.
-fn describe(kind: ErrorKind, op: &RequestOp, size: u64) -> Error {
-    let (name, offset, len) = match op {
-        RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
-        RequestOp::Write {
-            offset, buffers, ..
-        } => ("write", *offset, buffers.len()),
-        RequestOp::Flush => ("flush", 0, 0),
-        RequestOp::Discard { offset, len } => ("discard", *offset, *len),
-        RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
-    };
+/// The full error for a request of which only the kind of its failure is known.
+pub(crate) fn describe(
+    kind: ErrorKind,
+    (name, offset, len): (&'static str, u64, u64),
+    size: u64,
+) -> Error {
     let error = match kind {
         ErrorKind::OutOfRange => Error::with_message(
             kind,
@@ -173,7 +167,12 @@ fn describe(kind: ErrorKind, op: &RequestOp, size: u64) -> Error {
         ),
         kind => Error::new(kind),
     };
-    error.operation(name).offset(offset)
+    let error = error.operation(name);
+    if len == 0 {
+        error
+    } else {
+        error.offset(offset)
+    }
 }
 
 impl Shared {
@@ -247,7 +246,12 @@ impl DiskFile for Disk {
     }
 
     fn info(&self) -> ImageInfo {
-        self.shared.served.image.info()
+        let mut info = self.shared.served.image.info();
+        info.backing_path = info
+            .backing_file
+            .as_ref()
+            .and_then(|name| crate::gate::resolve_name(self.path(), name).ok());
+        info
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -362,6 +366,12 @@ impl AsyncDiskFile for Disk {
 
     fn on_resize(&self, listener: ResizeListener) {
         lock(&self.shared.listeners).push(listener);
+    }
+}
+
+impl From<Disk> for Box<dyn AsyncDiskFile> {
+    fn from(disk: Disk) -> Self {
+        Box::new(disk)
     }
 }
 

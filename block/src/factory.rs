@@ -9,7 +9,7 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
-        qcow2::{Qcow2, Qcow2Options, header::Header},
+        qcow2::{Qcow2, Qcow2Options, header::Header, snapshot::SnapshotTable},
         raw::{Raw, RawFile},
     },
     hooks::Hooks,
@@ -193,8 +193,13 @@ impl Opener<'_> {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
             let writable = top && !self.options.read_only;
-            let header = Header::read(self.io, id).await?;
+            let mut header = Header::read(self.io, id).await?;
             header.check_supported(writable).map_err(named)?;
+            if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
+                self.show_snapshot(id, &mut header, name)
+                    .await
+                    .map_err(named)?;
+            }
             above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
@@ -206,6 +211,27 @@ impl Opener<'_> {
                 .map_err(named)?;
             Ok(Arc::new(image) as Arc<dyn Image>)
         })
+    }
+
+    /// Turns the header into that of the disk at a snapshot.
+    async fn show_snapshot(&self, id: FileId, header: &mut Header, name: &str) -> Result<()> {
+        if !self.options.read_only {
+            return Err(Error::invalid_argument(
+                "snapshot: can be shown only when the disk is opened for reading",
+            ));
+        }
+        let table = SnapshotTable::read(self.io, id, header).await?;
+        let found = table.find(name).and_then(|at| table.snapshots.get(at));
+        let Some(snapshot) = found else {
+            return Err(Error::with_message(
+                ErrorKind::NotFound,
+                format!("snapshot: there is none with the id or name {name:?}"),
+            ));
+        };
+        header.size = snapshot.disk_size().unwrap_or(header.size);
+        header.l1_size = snapshot.l1_size;
+        header.l1_table_offset = snapshot.l1_table_offset;
+        header.check_l1()
     }
 
     async fn open_backing(

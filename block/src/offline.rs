@@ -88,7 +88,8 @@ pub fn with_file_on<T>(
     let file = core.add_file(file, FileRole::Clusters);
     let driver = Driver::new(core.host.engine(options.engine, 64)?)?;
     let io = Io::new(&driver, &core)?;
-    driver
-        .block_on(work(&io, file))?
-        .map_err(|error| error.path(path))
+    let result = driver.block_on(work(&io, file));
+    // Closing is not enough: a process that another thread is just starting still has the file.
+    core.file(file)?.file.unlock();
+    result?.map_err(|error| error.path(path))
 }

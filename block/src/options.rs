@@ -100,6 +100,7 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
@@ -125,6 +126,7 @@ impl Default for OpenOptions {
             discard: DiscardPolicy::Unmap,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
@@ -235,6 +237,14 @@ impl OpenOptions {
     #[must_use]
     pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
         self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Show the disk as it was at an internal snapshot, by id or name. Needs
+    /// [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn snapshot(mut self, id_or_name: &str) -> Self {
+        self.snapshot = Some(id_or_name.to_owned());
         self
     }
 

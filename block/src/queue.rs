@@ -69,7 +69,7 @@ struct Direct {
 pub(crate) struct QueueInner {
     io: Io,
     served: Arc<Served>,
-    number: Cell<usize>,
+    number: Cell<Key>,
     capacity: usize,
     in_flight: InFlight,
     direct: RefCell<Slab<Direct>>,
@@ -104,7 +104,7 @@ impl Queue {
         let inner = Rc::new(QueueInner {
             io,
             served,
-            number: Cell::new(0),
+            number: Cell::new(Key::NONE),
             capacity: depth as usize,
             in_flight,
             direct: RefCell::default(),
@@ -130,14 +130,15 @@ impl QueueInner {
     /// Starts a request as far as it gets, pinned along with `held`; without that it waits until the
     /// disk is no longer drained.
     fn start(self: &Rc<Self>, request: Request, held: Option<Pin>) {
-        if let Err(kind) = serve::check(&self.served, &request.op) {
-            self.complete(request.id, Err(kind), buffers_of(request.op));
-            return;
-        }
         let Some(held) = held else {
             self.hold(request);
             return;
         };
+        // Under the pin: a resize would have to wait.
+        if let Err(kind) = serve::check(&self.served, &request.op) {
+            self.complete(request.id, Err(kind), buffers_of(request.op));
+            return;
+        }
         let pin = self.io.pins.pin_along(held);
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
@@ -405,7 +406,7 @@ impl QueueInner {
         self.io.driver.spawn(Box::pin(async move {
             let result = serve::serve(&queue.served, &queue.io, &op).await;
             let result = result.map_err(|error| {
-                tracing::warn!(disk = %queue.io.core.path.display(), request = ?kind_of(&op), %error, "request failed");
+                tracing::warn!(disk = %queue.io.core.path.display(), request = ?op.summary(), %error, "request failed");
                 error.kind()
             });
             queue.io.pins.unpin(&queue.io.core.pins, pin);
@@ -441,19 +442,6 @@ impl QueueInner {
             buffers,
         });
         self.io.driver.undelivered(1);
-    }
-}
-
-/// A request's kind, for messages.
-fn kind_of(op: &RequestOp) -> (&'static str, u64, u64) {
-    match op {
-        RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
-        RequestOp::Write {
-            offset, buffers, ..
-        } => ("write", *offset, buffers.len()),
-        RequestOp::Flush => ("flush", 0, 0),
-        RequestOp::Discard { offset, len } => ("discard", *offset, *len),
-        RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
     }
 }
 
@@ -556,6 +544,11 @@ impl AsyncIo for Queue {
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()> {
+        if self.driver().is_notifying() {
+            return Err(Error::unsupported(
+                "watch: the notifier of this thread was asked for; wait for the descriptor beside it",
+            ));
+        }
         let owner = Owner::Watch {
             queue: self.inner.number.get(),
             id,

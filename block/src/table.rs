@@ -55,11 +55,6 @@ impl TableSlice {
             .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 
-    /// The number of entries.
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len()
-    }
-
     /// Opens the slice for changes.
     pub(crate) fn change(&self) -> SliceChange<'_> {
         SliceChange {
@@ -243,11 +238,6 @@ impl MapCache {
     /// Remembers a slice, forgetting another that had its place.
     pub(crate) fn put(&mut self, key: MapKey, slice: &Arc<TableSlice>) {
         self.places[Self::place(key)] = Some((key, Arc::clone(slice)));
-    }
-
-    /// Forgets everything.
-    pub(crate) fn clear(&mut self) {
-        self.places.fill(None);
     }
 }
 

@@ -12,8 +12,8 @@ use block::{
         header::{Header, Incompatible},
         repair::repair_dirty,
     },
-    io::{EngineKind, FileOptions},
-    offline::with_file,
+    io::EngineKind,
+    offline::{OfflineOptions, with_file},
 };
 use qcow2_support::{
     Random, assert_clean, header, on, qemu_check, qemu_create, qemu_io, temp_dir, tool, try_tool,
@@ -26,7 +26,7 @@ fn run(path: &Path, repair: Repair) -> Result<(CheckReport, Vec<String>)> {
     let report = on(path, async |io, file| {
         let mut header = Header::read_for_check(io, file).await?;
         check(io, file, &mut header, repair, &mut |line| {
-            lines.push(line.to_owned())
+            lines.push(line.to_owned());
         })
         .await
     })?;
@@ -137,15 +137,14 @@ fn clean_images_are_clean_and_counted_alike() {
             );
         }
         assert!(fs::read(&path).unwrap() == before, "{path:?} changed");
-        let uring = with_file(
-            &path,
-            FileOptions::default(),
-            EngineKind::IoUring,
-            async |io, file| {
-                let mut header = Header::read_for_check(io, file).await?;
-                check(io, file, &mut header, Repair::None, &mut |_| {}).await
-            },
-        );
+        let options = OfflineOptions {
+            engine: EngineKind::IoUring,
+            ..OfflineOptions::read()
+        };
+        let uring = with_file(&path, options, async |io, file| {
+            let mut header = Header::read_for_check(io, file).await?;
+            check(io, file, &mut header, Repair::None, &mut |_| {}).await
+        });
         assert_eq!(uring.unwrap(), report_of(&path));
     }
 }
@@ -494,4 +493,32 @@ fn hostile_tables_cost_little() {
     let (report, _) = run(&path, Repair::None).unwrap();
     assert!(report.corruptions > 0);
     assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+}
+
+/// Prints the time of a check beside qemu-img's: `cargo test --release … -- --ignored`.
+#[test]
+#[ignore = "a measurement"]
+fn speed_beside_qemu() {
+    let dir = temp_dir();
+    for (options, size) in [
+        ("preallocation=metadata", "1T"),
+        ("preallocation=metadata,cluster_size=4k", "16G"),
+        (
+            "preallocation=metadata,cluster_size=2M,refcount_bits=1",
+            "64T",
+        ),
+    ] {
+        let path = qemu_create(&dir, "speed.qcow2", options, size);
+        for round in 0..2 {
+            let start = std::time::Instant::now();
+            let report = report_of(&path);
+            let ours = start.elapsed();
+            assert!(report.is_clean());
+            let start = std::time::Instant::now();
+            assert_clean(&path, options);
+            let theirs = start.elapsed();
+            println!("{options} {size} round {round}: {ours:?}, qemu-img {theirs:?}");
+        }
+        fs::remove_file(&path).unwrap();
+    }
 }

@@ -1,4 +1,5 @@
 //! The device over real images and every engine, driven by worker threads as a server would.
+#![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
 

@@ -150,7 +150,7 @@ fn rings_outside_memory_are_refused_when_the_queue_is_made() {
 
 #[test]
 fn an_indirect_table_must_hold_whole_descriptors_and_not_too_many() {
-    for len in [0, 1, 15, 17, 16 * 67, 16 * 65536, u32::MAX, u32::MAX & !15] {
+    for len in [0, 1, 15, 17, 16 * 67, 16 * 65536, u32::MAX, !15] {
         let mut guest = Guest::new();
         guest.desc(0, TABLE, len, INDIRECT, 0);
         assert_eq!(fault(&mut guest), broken_indirect(), "{len} bytes");

@@ -135,7 +135,7 @@ fn hostile_len(random: &mut Random) -> u32 {
 #[test]
 fn illegal_traffic_never_panics_and_never_hangs() {
     let (mut broken, mut returned) = (0, 0);
-    for seed in 1..=600 {
+    for seed in 1..=200 {
         let mut random = Random::seeded(seed);
         let mut setup = Setup::default();
         setup.driver.event_idx = random.chance(2);
@@ -214,8 +214,8 @@ fn illegal_traffic_never_panics_and_never_hangs() {
         assert_eq!(guest.worker.in_flight(), 0, "seed {seed}");
         assert_eq!(guest.worker.outstanding(), 0, "seed {seed}");
     }
-    assert!(broken > 300, "{broken} queues broke");
-    assert!(returned > 1000, "{returned} requests were returned");
+    assert!(broken > 100, "{broken} queues broke");
+    assert!(returned > 400, "{returned} requests were returned");
 }
 
 /// The index at which the guest of that seed started.
@@ -258,8 +258,7 @@ fn statuses_of_random_single_requests_are_those_of_the_specification() {
                 .is_some_and(|end| end <= capacity)
         };
         let expected = match kind {
-            0 | 1 if len % 512 == 0 && fits(u64::from(len) / 512) => OK,
-            0 | 1 => IOERR,
+            0 | 1 if len.is_multiple_of(512) && fits(u64::from(len) / 512) => OK,
             4 | 8 => OK,
             11 | 13 if len == 16 => {
                 let flags = segment[1] >> 32;
@@ -272,8 +271,8 @@ fn statuses_of_random_single_requests_are_those_of_the_specification() {
                 }
             }
             // Longer ones hold segments of whatever was read before.
-            11 | 13 if len != 0 && len % 16 == 0 => got,
-            11 | 13 => IOERR,
+            11 | 13 if len != 0 && len.is_multiple_of(16) => got,
+            0 | 1 | 11 | 13 => IOERR,
             _ => UNSUPP,
         };
         assert_eq!(got, expected, "type {kind} sector {sector} len {len}");

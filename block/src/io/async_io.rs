@@ -53,6 +53,21 @@ pub enum RequestOp {
     },
 }
 
+impl RequestOp {
+    /// Its name, offset and length, for messages.
+    pub(crate) fn summary(&self) -> (&'static str, u64, u64) {
+        match self {
+            RequestOp::Read { offset, buffers } => ("read", *offset, buffers.len()),
+            RequestOp::Write {
+                offset, buffers, ..
+            } => ("write", *offset, buffers.len()),
+            RequestOp::Flush => ("flush", 0, 0),
+            RequestOp::Discard { offset, len } => ("discard", *offset, *len),
+            RequestOp::WriteZeroes { offset, len, .. } => ("write zeroes", *offset, *len),
+        }
+    }
+}
+
 /// The end of a request: everything was done, or the request failed as a whole.
 #[derive(Debug)]
 pub struct Completion {
@@ -97,8 +112,12 @@ pub trait AsyncIo {
     /// completion with this `id` and no buffers is reaped and the watch is over. The caller keeps `fd`
     /// open until then, or until this queue is dropped.
     ///
+    /// A thread sleeps in one place: either in `wait`, with watches, or in its own event loop, with
+    /// the [`notifier`](Self::notifier) beside its other descriptors.
+    ///
     /// # Errors
-    /// The host's error when the descriptor cannot be watched.
+    /// [`Unsupported`](ErrorKind::Unsupported) once the notifier of the calling thread was asked
+    /// for; the host's error when the descriptor cannot be watched.
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()>;
 
     /// Blocks until there is something to reap or `timeout` has passed; returns whether there is.

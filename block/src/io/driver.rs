@@ -54,9 +54,9 @@ pub(crate) enum Owner {
     /// A future; its waker once it was polled.
     Future(Option<Waker>),
     /// A request that hit the map: queue and slot.
-    Request { queue: usize, slot: Key },
+    Request { queue: Key, slot: Key },
     /// A watch of a queue.
-    Watch { queue: usize, id: u64 },
+    Watch { queue: Key, id: u64 },
     /// Nobody any more; the operation still owns its buffer.
     Detached,
 }
@@ -168,7 +168,7 @@ pub(crate) struct Driver {
     tasks: RefCell<Slab<Task>>,
     wakes: Arc<WakeQueue>,
     woken: RefCell<Vec<Key>>,
-    queues: RefCell<Vec<Option<Weak<dyn RequestSink>>>>,
+    queues: RefCell<Slab<Weak<dyn RequestSink>>>,
 }
 
 /// Operations kept for reuse.
@@ -214,11 +214,6 @@ impl Driver {
         self.simulated
     }
 
-    /// The engine's name.
-    pub(crate) fn engine_name(&self) -> &'static str {
-        self.engine.borrow().name()
-    }
-
     /// Makes a file known to the engine.
     pub(crate) fn register(&self, file: &Arc<super::HostFile>) -> Result<EngineFile> {
         self.engine.borrow_mut().register(file)
@@ -229,22 +224,14 @@ impl Driver {
         self.engine.borrow_mut().unregister(file);
     }
 
-    /// A number for a queue whose requests start operations directly.
-    pub(crate) fn add_queue(&self, sink: Weak<dyn RequestSink>) -> usize {
-        let mut queues = self.queues.borrow_mut();
-        if let Some(free) = queues.iter().position(Option::is_none) {
-            queues[free] = Some(sink);
-            return free;
-        }
-        queues.push(Some(sink));
-        queues.len() - 1
+    /// A key for a queue whose requests start operations directly.
+    pub(crate) fn add_queue(&self, sink: Weak<dyn RequestSink>) -> Key {
+        self.queues.borrow_mut().insert(sink)
     }
 
-    /// Forgets a queue; it has nothing in flight.
-    pub(crate) fn remove_queue(&self, queue: usize) {
-        if let Some(place) = self.queues.borrow_mut().get_mut(queue) {
-            *place = None;
-        }
+    /// Forgets a queue; it has nothing in flight but watches, which then fire for nobody.
+    pub(crate) fn remove_queue(&self, queue: Key) {
+        self.queues.borrow_mut().remove(queue);
     }
 
     /// The descriptor that becomes readable when a [`turn`](Self::turn) is due. It lives as long as
@@ -272,6 +259,11 @@ impl Driver {
         if left > 0 {
             self.notify();
         }
+    }
+
+    /// Whether somebody may sleep on the notifier.
+    pub(crate) fn is_notifying(&self) -> bool {
+        self.notifying.get()
     }
 
     /// Makes the notifier readable, if somebody asked for it.
@@ -412,13 +404,12 @@ impl Driver {
         true
     }
 
-    fn with_queue(&self, queue: usize, act: impl FnOnce(&dyn RequestSink)) {
+    fn with_queue(&self, queue: Key, act: impl FnOnce(&dyn RequestSink)) {
         let sink = self
             .queues
-            .borrow()
-            .get(queue)
-            .and_then(Option::as_ref)
-            .and_then(Weak::upgrade);
+            .borrow_mut()
+            .get_mut(queue)
+            .and_then(|sink| sink.upgrade());
         if let Some(sink) = sink {
             act(&*sink);
         }
@@ -488,11 +479,6 @@ impl Driver {
             tracing::warn!(%error, "submission failed; it is tried again");
             self.unsubmitted.set(true);
         }
-    }
-
-    /// Whether somebody may sleep on the notifier, outside of [`wait`](Self::wait).
-    pub(crate) fn is_notifying(&self) -> bool {
-        self.notifying.get()
     }
 
     /// Whether [`wait`](Self::wait) can hand what is held back to the host and sleep with one system

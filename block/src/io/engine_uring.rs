@@ -508,10 +508,16 @@ impl Engine for UringEngine {
         let mut ended = 0;
         let mut cleared = false;
         loop {
-            // One enter posts a limited number of completions and says if there are more.
+            // One enter posts a limited number of completions and says if there are more. The flag
+            // alone is no promise: the kernel may set it after the work it announces has run, and
+            // then nothing clears it before there is work again.
             while self.owes_completions() {
                 self.collect();
-                ended += self.drain(out);
+                let posted = self.drain(out);
+                if posted == 0 {
+                    break;
+                }
+                ended += posted;
             }
             ended += self.drain(out);
             if ended > 0 || cleared || !self.announced.get() {

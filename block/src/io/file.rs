@@ -9,7 +9,10 @@ use std::{
         unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{
@@ -90,6 +93,15 @@ pub struct HostFile {
     direct: bool,
     block_device: bool,
     alignment: IoAlignment,
+    locked: AtomicBool,
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // Closing is not enough: a process forked meanwhile holds the same description until it
+        // executes another program.
+        self.unlock();
+    }
 }
 
 impl std::fmt::Debug for HostFile {
@@ -174,6 +186,7 @@ impl HostFile {
             direct: options.direct,
             block_device,
             alignment,
+            locked: AtomicBool::new(false),
         })
     }
 
@@ -192,6 +205,7 @@ impl HostFile {
             direct: !alignment.is_none(),
             block_device: false,
             alignment,
+            locked: AtomicBool::new(false),
         }
     }
 
@@ -331,14 +345,20 @@ impl HostFile {
     /// [`LockError::Conflict`] when another process holds a conflicting lock.
     pub fn lock(&self, held: u64, not_shared: u64) -> Result<(), LockError> {
         match &self.backend {
-            Backend::Os(file) => fsinfo::lock_permissions(file, held, not_shared),
+            Backend::Os(file) => {
+                fsinfo::lock_permissions(file, held, not_shared)?;
+                self.locked.store(true, Ordering::Release);
+                Ok(())
+            }
             Backend::Simulated(_) => Ok(()),
         }
     }
 
     /// Gives the locks of [`lock`](Self::lock) back.
     pub fn unlock(&self) {
-        if let Backend::Os(file) = &self.backend {
+        if let Backend::Os(file) = &self.backend
+            && self.locked.swap(false, Ordering::AcqRel)
+        {
             fsinfo::unlock_permissions(file);
         }
     }

@@ -15,6 +15,7 @@ mod engine_uring;
 mod file;
 mod fsinfo;
 mod handle;
+mod loan;
 mod os_host;
 mod pins;
 mod pool;
@@ -33,6 +34,7 @@ pub use engine_sync::SyncEngine;
 pub use engine_uring::{UringEngine, UringOptions};
 pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};
 pub use fsinfo::LockError;
+pub use loan::{IoBuf, IoBufMut};
 pub use os_host::OsHost;
 
 pub use self::core::FileRole;
@@ -44,5 +46,9 @@ pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
 pub(crate) use driver::{Driver, Eof, NewOp, OpKind, Owner, RequestSink};
 pub(crate) use handle::{FileView, is_aligned};
+pub(crate) use loan::{Loan, lend_source, lend_target};
+#[cfg(feature = "tokio-uring")]
+pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
 pub(crate) use pins::{Drained, Pin};
 pub(crate) use slab::{Key, Slab};
+pub(crate) use sys::Notifier;

@@ -9,6 +9,12 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// The key of nothing.
+    pub(crate) const NONE: Self = Self {
+        index: u32::MAX,
+        generation: u32::MAX,
+    };
+
     /// The key as one number.
     pub(crate) fn to_u64(self) -> u64 {
         u64::from(self.generation) << 32 | u64::from(self.index)
@@ -96,6 +102,14 @@ impl<T> Slab<T> {
             place.generation = place.generation.wrapping_add(1);
             self.free.push(key.index);
         }
+    }
+
+    /// Ends every tenancy.
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = T> {
+        self.free.clear();
+        std::mem::take(&mut self.places)
+            .into_iter()
+            .filter_map(|place| place.value)
     }
 
     /// The number of places in use.

@@ -11,6 +11,7 @@ mod config;
 pub mod driver;
 mod queue;
 mod request;
+mod slot;
 mod state;
 
 use std::sync::{

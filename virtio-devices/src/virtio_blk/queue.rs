@@ -7,18 +7,15 @@ use std::{sync::Arc, time::Instant};
 
 use block::{
     ErrorKind,
-    io::{Buffers, Completion, RequestOp},
+    io::{Completion, RequestOp},
 };
-use smallvec::SmallVec;
 use virtio_queue::Queue;
-use vm_memory::{
-    GuestAddress, GuestMemory, Permissions, VolatileMemory,
-    bitmap::{BS, Bitmap},
-};
+use vm_memory::{GuestMemory, Permissions, bitmap::BS};
 
 use super::{
     Shared, config, feature,
-    request::{self, Action, Data, IOERR, OK, Scratch, UNSUPP},
+    request::{self, Action, IOERR, OK, Scratch, UNSUPP},
+    slot::{Guest, Slot, mark_dirty},
 };
 use crate::{
     Error, Interrupt, MemorySource, Result,
@@ -30,77 +27,6 @@ use crate::{
 
 /// The worker of one virtio-blk queue.
 pub type BlkWorker<S> = Worker<BlkQueue<S>>;
-
-/// A request in flight.
-struct Slot {
-    busy: bool,
-    op: Op,
-    status: u8,
-    /// When the block requests have ended, one flush follows.
-    flush_after: bool,
-    /// Block requests that have not ended.
-    pending: u32,
-    /// Tells a completion of this request from one of an earlier request at the same head.
-    generation: u32,
-    /// Bytes written to the guest before the status, if the request succeeds.
-    written: u32,
-    status_at: Option<GuestAddress>,
-    /// Nanoseconds since the queue was made.
-    started: u64,
-    /// For the counters.
-    bytes: u64,
-    data: Data,
-}
-
-impl Slot {
-    fn new() -> Self {
-        Self {
-            busy: false,
-            op: Op::Other,
-            status: OK,
-            flush_after: false,
-            pending: 0,
-            generation: 0,
-            written: 0,
-            status_at: None,
-            started: 0,
-            bytes: 0,
-            data: Data::new(),
-        }
-    }
-
-    fn begin(&mut self, started: u64, status_at: Option<GuestAddress>) {
-        self.busy = true;
-        self.op = Op::Other;
-        self.status = OK;
-        self.flush_after = false;
-        self.pending = 0;
-        self.generation = self.generation.wrapping_add(1);
-        self.written = 0;
-        self.status_at = status_at;
-        self.started = started;
-        self.bytes = 0;
-        self.data.clear();
-    }
-
-    /// Writes the status; returns the used length.
-    fn finish<M: GuestMemory>(&self, window: &mut Window<'_, M>) -> u32 {
-        let status = self
-            .status_at
-            .and_then(|address| window.get(address, 1, Permissions::Write))
-            .and_then(|slice| slice.get_ref(0).map(|byte| byte.store(self.status)).ok());
-        match status {
-            None => 0,
-            Some(()) if self.status == OK => self.written.saturating_add(1),
-            Some(()) => 1,
-        }
-    }
-
-    /// The id of its block requests.
-    fn id(&self, head: u16) -> u64 {
-        u64::from(self.generation) << 16 | u64::from(head)
-    }
-}
 
 /// One queue of a [`VirtioBlk`](super::VirtioBlk), as its worker drives it.
 pub struct BlkQueue<S: MemorySource> {
@@ -566,61 +492,6 @@ impl<S: MemorySource> Worker<BlkQueue<S>> {
     pub fn stop(mut self) -> Result<QueueSnapshot> {
         self.drain()?;
         Ok(self.queue_state())
-    }
-}
-
-/// Guest memory for the requests of one batch.
-struct Guest<'m, M: GuestMemory> {
-    /// Rings, headers, indirect tables.
-    control: Window<'m, QueueMemory<M>>,
-    /// Data, often in another region.
-    data: Option<Window<'m, QueueMemory<M>>>,
-    data_from: u64,
-    memory: &'m Arc<QueueMemory<M>>,
-}
-
-impl<M: GuestMemory + Send + Sync + 'static> Guest<'_, M> {
-    /// The memory of a read or write, for the disk.
-    fn buffers(&mut self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
-        let window = self
-            .data
-            .get_or_insert_with(|| Window::new(&**self.memory, self.data_from));
-        let mut segments = SmallVec::<[(*mut u8, usize); 4]>::new();
-        for segment in data {
-            match window.get(segment.address, segment.len as usize, access) {
-                Some(slice) => segments.push((slice.ptr_guard_mut().as_ptr(), slice.len())),
-                // In pieces, or nowhere.
-                None => return self.buffers_in_pieces(data, access),
-            }
-        }
-        let guard = Arc::clone(self.memory);
-        // SAFETY: each segment was just looked up in the memory that `guard` keeps mapped, and
-        // nobody holds a reference to guest memory.
-        Ok(unsafe { Buffers::from_raw(segments, guard) })
-    }
-
-    fn buffers_in_pieces(&self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
-        let ranges = data
-            .iter()
-            .map(|segment| (segment.address, segment.len as usize));
-        Buffers::guest(self.memory, ranges, access)
-    }
-}
-
-/// Marks what the disk may have filled, because the kernel does not. Free without a bitmap.
-fn mark_dirty<M: GuestMemory>(memory: &M, data: &Data) {
-    if size_of::<BS<'static, M::Bitmap>>() == 0 {
-        return;
-    }
-    for segment in data {
-        let Ok(slices) =
-            memory.get_slices(segment.address, segment.len as usize, Permissions::Write)
-        else {
-            continue;
-        };
-        for slice in slices.flatten() {
-            slice.bitmap().mark_dirty(0, slice.len());
-        }
     }
 }
 

@@ -169,7 +169,9 @@ struct Layout {
 impl Layout {
     fn new(header: &Header, preallocate: bool) -> Result<Self> {
         let too_large = || {
-            Error::invalid_argument("The image size is too large (try using a larger cluster size)")
+            Error::invalid_argument(
+                "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+            )
         };
         let cluster_size = header.cluster_size();
         let l1_entries = header.l1_entries_for(header.size);

@@ -432,6 +432,22 @@ impl Header {
                 false,
             )?;
         }
+        self.check_l1()?;
+        if self.autoclear_features.contains(Autoclear::DATA_FILE_RAW)
+            && !self.has(Incompatible::DATA_FILE)
+        {
+            return Err(bad_field(
+                "data-file-raw requires a data file",
+                "autoclear_features",
+                format_args!("{:#x}", self.autoclear_features.0),
+                "bit 1 only with incompatible feature bit 2",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether the L1 table is one for a disk of this size.
+    pub(crate) fn check_l1(&self) -> Result<()> {
         self.check_table(
             "Active L1 table",
             ["l1_size", "l1_table_offset"],
@@ -442,22 +458,20 @@ impl Header {
             false,
         )?;
         let needed = self.l1_entries_for(self.size);
+        if needed > i32::MAX as u64 {
+            return Err(bad_field(
+                "Image is too big",
+                "size",
+                self.size,
+                "fewer clusters",
+            ));
+        }
         if u64::from(self.l1_size) < needed {
             return Err(bad_field(
                 "L1 table is too small",
                 "l1_size",
                 self.l1_size,
                 format_args!("at least {needed} for a disk of {} bytes", self.size),
-            ));
-        }
-        if self.autoclear_features.contains(Autoclear::DATA_FILE_RAW)
-            && !self.has(Incompatible::DATA_FILE)
-        {
-            return Err(bad_field(
-                "data-file-raw requires a data file",
-                "autoclear_features",
-                format_args!("{:#x}", self.autoclear_features.0),
-                "bit 1 only with incompatible feature bit 2",
             ));
         }
         Ok(())

@@ -10,15 +10,19 @@
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 
 mod change;
+pub mod check;
 mod claims;
 mod compressed;
 pub mod create;
 mod flush;
 pub mod header;
+pub mod info;
 mod l2;
 mod map;
 mod refcount;
+pub mod repair;
 mod slices;
+pub mod snapshot;
 mod tables;
 mod write;
 
@@ -28,8 +32,16 @@ use std::sync::{
 };
 
 use self::{
-    claims::Claims, compressed::Decompressed, flush::Pending, header::Header, l2::Geometry,
-    refcount::Refcounts, slices::SliceCache, tables::L1,
+    claims::Claims,
+    compressed::Decompressed,
+    flush::Pending,
+    header::Header,
+    info::{BitmapEntry, image_info, read_bitmaps},
+    l2::Geometry,
+    refcount::Refcounts,
+    slices::SliceCache,
+    snapshot::SnapshotTable,
+    tables::L1,
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
@@ -59,6 +71,8 @@ pub(crate) struct Qcow2 {
     writable: bool,
     geometry: Geometry,
     header: Mutex<Header>,
+    snapshots: Mutex<SnapshotTable>,
+    bitmaps: Vec<BitmapEntry>,
     size: AtomicU64,
     l1: L1,
     slices: SliceCache,
@@ -83,10 +97,15 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        if options.writable {
+            repair::repair_dirty(io, file, &mut header).await?;
+        }
         if options.writable && header.clear_for_writing() {
             header.write_features(io, file).await?;
             io.sync(file).await?;
         }
+        let snapshots = SnapshotTable::read(io, file, &header).await?;
+        let bitmaps = read_bitmaps(io, file, &header).await?;
         let geometry = Geometry::new(header.cluster_bits, header.version);
         let table = read_refcount_table(io, file, &header).await?;
         let refcounts = Refcounts::new(
@@ -116,6 +135,8 @@ impl Qcow2 {
                 geometry,
                 header.compression_type(),
             ),
+            snapshots: Mutex::new(snapshots),
+            bitmaps,
             header: Mutex::new(header),
         })
     }
@@ -176,7 +197,7 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        ImageInfo::default()
+        image_info(&lock(&self.header), &lock(&self.snapshots), &self.bitmaps)
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {

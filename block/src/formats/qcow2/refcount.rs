@@ -477,11 +477,6 @@ impl Refcounts {
         lock(&self.state).packing = 0;
     }
 
-    /// Host clusters from here on were never written.
-    pub(super) fn end(&self) -> u64 {
-        lock(&self.state).virgin
-    }
-
     /// Takes what changed, for writing. A failed write must be followed by
     /// [`write_failed`](Self::write_failed).
     pub(super) fn take_dirty(&self) -> DirtyCounts {

@@ -2,6 +2,7 @@
 //!
 //! What a snapshot does to an open image (create, apply, delete) is in [`ops`].
 
+mod counts;
 pub mod ops;
 
 use super::header::{Header, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS, be16, be32, be64};
@@ -85,6 +86,14 @@ impl Snapshot {
         (self.extra.len() >= 24)
             .then(|| be64(&self.extra, 16))
             .filter(|count| *count != u64::MAX)
+    }
+
+    /// Sets the record/replay instruction count.
+    fn set_icount(&mut self, icount: Option<u64>) {
+        if self.extra.len() < 24 {
+            self.extra.resize(24, 0);
+        }
+        self.extra[16..24].copy_from_slice(&icount.unwrap_or(u64::MAX).to_be_bytes());
     }
 
     /// Whether the entry has the extra data that version 3 demands.

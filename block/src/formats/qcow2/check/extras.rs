@@ -4,7 +4,8 @@ use super::{Checker, Repair, scan};
 use crate::{
     Result,
     formats::qcow2::{
-        header::{Autoclear, ExtensionType, be16, be32, be64},
+        header::{Autoclear, ExtensionType},
+        info::parse_bitmap_directory,
         snapshot::{SnapshotTable, TableDamage},
     },
     io::AlignedBuf,
@@ -14,10 +15,6 @@ use crate::{
 const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
 const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const BITMAP_ALL_ONES: u64 = 1;
-/// Bytes of a bitmap directory entry before its variable part.
-const BITMAP_FIXED: usize = 24;
-/// Most entries of a bitmap table, as in QEMU.
-const MAX_BITMAP_TABLE: u32 = 0x800_0000;
 
 impl Checker<'_> {
     /// Reads the snapshot table. `None` when it cannot be read: then nothing can be counted.
@@ -128,42 +125,24 @@ impl Checker<'_> {
             .io
             .read_padded(self.file, offset, size as usize)
             .await?;
-        let mut at = 0;
-        let mut found = 0;
-        while at < directory.len() {
-            let entry = &directory[at..];
-            let name = usize::from(be16(entry, 18));
-            let len = (BITMAP_FIXED + name).saturating_add(be32(entry, 20) as usize);
-            let table = be64(entry, 0);
-            let entries = be32(entry, 8);
-            let fits = len
-                .checked_next_multiple_of(8)
-                .is_some_and(|len| len <= entry.len());
-            let valid = fits
-                && name != 0
-                && table != 0
-                && table & (self.header.cluster_size() - 1) == 0
-                && entries != 0
-                && entries <= MAX_BITMAP_TABLE;
-            if !valid || found == bitmaps.nb_bitmaps {
-                return Ok(self.broken_bitmaps(at));
+        let cluster_size = self.header.cluster_size();
+        match parse_bitmap_directory(&directory, bitmaps.nb_bitmaps, cluster_size) {
+            Ok(bitmaps) => {
+                for bitmap in bitmaps {
+                    self.walk_bitmap_table(bitmap.table_offset, bitmap.table_size)
+                        .await?;
+                }
+                Ok(Some(()))
             }
-            self.walk_bitmap_table(table, entries).await?;
-            found += 1;
-            at += len.next_multiple_of(8);
+            Err(error) => {
+                self.corruption(&format!(
+                    "ERROR {}: bitmaps cannot be checked",
+                    error.message()
+                ));
+                self.report.check_errors += 1;
+                Ok(None)
+            }
         }
-        if found != bitmaps.nb_bitmaps {
-            return Ok(self.broken_bitmaps(at));
-        }
-        Ok(Some(()))
-    }
-
-    fn broken_bitmaps(&mut self, at: usize) -> Option<()> {
-        self.corruption(&format!(
-            "ERROR bitmap directory is damaged at byte {at}: bitmaps cannot be checked"
-        ));
-        self.report.check_errors += 1;
-        None
     }
 
     async fn walk_bitmap_table(&mut self, offset: u64, entries: u32) -> Result<()> {

@@ -185,7 +185,7 @@ mod tests {
         for order in 0..=6 {
             let max = u64::MAX >> (64 - (1u32 << order));
             let mut block = vec![0; 512];
-            let count = 512 * 8 >> order;
+            let count = (512 * 8) >> order;
             for n in [0, 1, 7, count - 1] {
                 set_entry(&mut block, n, order, max);
                 assert_eq!(entry(&block, n, order), max, "order {order}, entry {n}");

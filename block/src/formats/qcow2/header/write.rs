@@ -229,8 +229,13 @@ impl Header {
     pub fn feature_names(&self) -> impl Iterator<Item = FeatureName> {
         self.extension(ExtensionType::FEATURE_NAMES)
             .into_iter()
-            .flat_map(|extension| extension.data.as_chunks().0)
-            .map(FeatureName::parse)
+            .flat_map(|extension| extension.data.chunks(FeatureName::LEN))
+            .map(|entry| {
+                // The last entry may end early: what is missing is zero, as QEMU reads it.
+                let mut whole = [0; FeatureName::LEN];
+                whole[..entry.len()].copy_from_slice(entry);
+                FeatureName::parse(&whole)
+            })
     }
 
     /// Where the persistent bitmaps are, whether or not they are consistent. `None` without

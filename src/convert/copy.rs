@@ -1,0 +1,350 @@
+//! Copies as they are: several reads and writes in flight on two queues of one thread.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::mpsc::{self, Receiver, TryRecvError},
+    time::Duration,
+};
+
+use block::{
+    AsyncDiskFile, ErrorKind,
+    io::{AlignedBuf, AsyncIo, Buffers, Completion, Request, RequestOp},
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::{
+    convert::{
+        Job,
+        scan::{self, Kind, Run, Scanned},
+    },
+    util::{
+        bytes, errno,
+        failure::{Failure, Outcome},
+        progress::Progress,
+    },
+};
+
+/// Bytes read at a time.
+const CHUNK: u64 = 1 << 20;
+/// Pieces that one chunk is written in at most, so that a queue always has room.
+const QUEUE_DEPTH: u32 = 256;
+
+enum State {
+    Reading,
+    Read(AlignedBuf),
+    /// Writing; so many pieces are not done.
+    Writing(usize),
+}
+
+struct Chunk {
+    run: Run,
+    state: State,
+}
+
+struct Copy<'a> {
+    job: &'a Job,
+    progress: &'a Progress,
+    sources: Vec<Box<dyn AsyncIo>>,
+    target: Box<dyn AsyncIo>,
+    runs: Receiver<Outcome<Run>>,
+    scanned: bool,
+    /// Chunks in the order of the source, from `first` on.
+    chunks: VecDeque<Chunk>,
+    first: u64,
+    /// The chunk that a write belongs to.
+    writes: HashMap<u64, u64>,
+    next_write: u64,
+    reads: Vec<Vec<Request>>,
+    to_write: Vec<Request>,
+    done: u64,
+    reaped: Vec<Completion>,
+}
+
+/// Copies everything.
+pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
+    let failed = |error: block::Error| Failure::new(error.to_string());
+    let scanned = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
+        Ok(Scanned {
+            disk: disk.try_clone().map_err(failed)?,
+            start: *start,
+        })
+    };
+    let scanned: Vec<Scanned> = job.sources.iter().map(scanned).collect::<Outcome<_>>()?;
+    let (to, runs) = mpsc::sync_channel(256);
+    let unit = job.sparse.clamp(512, CHUNK).next_power_of_two();
+    std::thread::scope(|scope| {
+        let backing = job.target_has_backing;
+        scope.spawn(move || scan::run(&scanned, backing, unit, CHUNK, &to));
+        let queue = |disk: &dyn AsyncDiskFile| disk.create_async_io(QUEUE_DEPTH).map_err(failed);
+        let sources: Vec<_> = job
+            .sources
+            .iter()
+            .map(|(_, disk)| queue(&**disk))
+            .collect::<Outcome<_>>()?;
+        let mut copy = Copy {
+            reads: sources.iter().map(|_| Vec::new()).collect(),
+            sources,
+            target: queue(&*job.target)?,
+            job,
+            progress,
+            runs,
+            scanned: false,
+            chunks: VecDeque::new(),
+            first: 0,
+            writes: HashMap::new(),
+            next_write: 0,
+            to_write: Vec::new(),
+            done: 0,
+            reaped: Vec::new(),
+        };
+        copy.run()
+    })
+}
+
+impl Copy<'_> {
+    fn run(&mut self) -> Outcome<()> {
+        loop {
+            self.take_runs()?;
+            self.start_writes();
+            self.submit();
+            let moved = self.reap()?;
+            self.retire();
+            if self.scanned && self.chunks.is_empty() {
+                return Ok(());
+            }
+            if !moved && self.to_write.is_empty() {
+                self.wait()?;
+            }
+        }
+    }
+
+    /// Starts reading what the scanner found, as far as the parallelism goes.
+    fn take_runs(&mut self) -> Outcome<()> {
+        while !self.scanned && self.chunks.len() < self.job.parallel {
+            // With nothing in flight there is nothing else to wait for.
+            let next = if self.chunks.is_empty() {
+                self.runs.recv().map_err(|_| TryRecvError::Disconnected)
+            } else {
+                self.runs.try_recv()
+            };
+            let run = match next {
+                Ok(run) => run?,
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => {
+                    self.scanned = true;
+                    return Ok(());
+                }
+            };
+            let state = match run.kind {
+                Kind::Skip => State::Writing(0),
+                Kind::Zero if self.job.sparse > 0 && self.job.target_is_zero => State::Writing(0),
+                Kind::Zero if self.job.sparse > 0 => State::Read(AlignedBuf::zeroed(0)),
+                // Everything is to be written: zeroes, too, a piece at a time.
+                Kind::Zero if run.len > CHUNK => {
+                    self.push_zero_pieces(&run);
+                    continue;
+                }
+                Kind::Zero => State::Read(AlignedBuf::zeroed(run.len as usize)),
+                Kind::Data => {
+                    let id = self.first + self.chunks.len() as u64;
+                    let buffers = Buffers::owned(AlignedBuf::zeroed(run.len as usize));
+                    let offset = run.offset;
+                    let op = RequestOp::Read { offset, buffers };
+                    self.reads[run.source].push(Request { id, op });
+                    State::Reading
+                }
+            };
+            self.chunks.push_back(Chunk { run, state });
+        }
+        Ok(())
+    }
+
+    fn push_zero_pieces(&mut self, run: &Run) {
+        let mut at = 0;
+        while at < run.len {
+            let len = CHUNK.min(run.len - at);
+            self.chunks.push_back(Chunk {
+                run: Run {
+                    offset: run.offset + at,
+                    target: run.target + at,
+                    len,
+                    ..*run
+                },
+                state: State::Read(AlignedBuf::zeroed(len as usize)),
+            });
+            at += len;
+        }
+    }
+
+    fn start_writes(&mut self) {
+        for at in 0..self.chunks.len() {
+            let chunk = &mut self.chunks[at];
+            match &mut chunk.state {
+                State::Read(buf) => {
+                    let buf = std::mem::replace(buf, AlignedBuf::zeroed(0));
+                    let run = chunk.run;
+                    let pieces = self.write(self.first + at as u64, &run, buf);
+                    self.chunks[at].state = State::Writing(pieces);
+                }
+                State::Reading if self.job.in_order => return,
+                State::Reading | State::Writing(_) => {}
+            }
+        }
+    }
+
+    /// Starts writing a chunk; returns the number of requests that takes.
+    fn write(&mut self, chunk: u64, run: &Run, buf: AlignedBuf) -> usize {
+        let before = self.to_write.len();
+        if run.kind == Kind::Zero && buf.is_empty() {
+            self.push_write(
+                chunk,
+                RequestOp::WriteZeroes {
+                    offset: run.target,
+                    len: run.len,
+                    may_unmap: true,
+                },
+            );
+            return 1;
+        }
+        if self.job.sparse == 0 {
+            self.push_data(chunk, run.target, buf);
+            return 1;
+        }
+        let unit = self.job.sparse as usize;
+        let (first, zero) = bytes::zero_run(&buf, unit);
+        if first == buf.len() && !zero {
+            self.push_data(chunk, run.target, buf);
+            return 1;
+        }
+        let mut at = 0;
+        while at < buf.len() {
+            let (len, zero) = bytes::zero_run(&buf[at..], unit);
+            let offset = run.target + at as u64;
+            if !zero {
+                self.push_data(chunk, offset, AlignedBuf::from_slice(&buf[at..at + len]));
+            } else if !self.job.target_is_zero {
+                let op = RequestOp::WriteZeroes {
+                    offset,
+                    len: len as u64,
+                    may_unmap: true,
+                };
+                self.push_write(chunk, op);
+            }
+            at += len;
+        }
+        self.to_write.len() - before
+    }
+
+    fn push_data(&mut self, chunk: u64, offset: u64, buf: AlignedBuf) {
+        let op = RequestOp::Write {
+            offset,
+            buffers: Buffers::owned(buf),
+            fua: false,
+        };
+        self.push_write(chunk, op);
+    }
+
+    fn push_write(&mut self, chunk: u64, op: RequestOp) {
+        let id = self.next_write;
+        self.next_write += 1;
+        self.writes.insert(id, chunk);
+        self.to_write.push(Request { id, op });
+    }
+
+    fn submit(&mut self) {
+        for (queue, batch) in self.sources.iter_mut().zip(&mut self.reads) {
+            if !batch.is_empty() {
+                queue.submit(batch);
+            }
+        }
+        if !self.to_write.is_empty() {
+            self.target.submit(&mut self.to_write);
+        }
+    }
+
+    /// Takes completions; whether there were any.
+    fn reap(&mut self) -> Outcome<bool> {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        for source in &mut self.sources {
+            source.reap(&mut reaped);
+        }
+        let mut moved = !reaped.is_empty();
+        for completion in reaped.drain(..) {
+            let Some(chunk) = self.chunks.get_mut((completion.id - self.first) as usize) else {
+                continue;
+            };
+            let len = chunk.run.len as usize;
+            let buf = completion.buffers.and_then(Buffers::into_owned);
+            let buf = match (completion.result, buf) {
+                (Ok(()), Some(buf)) => buf,
+                (Err(_), _) if self.job.salvage => AlignedBuf::zeroed(len),
+                (result, _) => {
+                    let kind = result.err().unwrap_or(ErrorKind::Io(libc::EIO));
+                    return Err(failed("reading", chunk.run.offset, kind));
+                }
+            };
+            chunk.state = State::Read(buf);
+        }
+        self.target.reap(&mut reaped);
+        moved |= !reaped.is_empty();
+        for completion in reaped.drain(..) {
+            let Some(id) = self.writes.remove(&completion.id) else {
+                continue;
+            };
+            let Some(chunk) = self.chunks.get_mut((id - self.first) as usize) else {
+                continue;
+            };
+            if let Err(kind) = completion.result {
+                return Err(failed("writing", chunk.run.target, kind));
+            }
+            if let State::Writing(left) = &mut chunk.state {
+                *left -= 1;
+            }
+        }
+        self.reaped = reaped;
+        Ok(moved)
+    }
+
+    /// Forgets the chunks at the front that are done.
+    fn retire(&mut self) {
+        while let Some(Chunk {
+            state: State::Writing(0),
+            run,
+        }) = self.chunks.front()
+        {
+            self.done += run.len;
+            self.progress.advance(run.len);
+            self.job.keep_rate(self.done);
+            self.chunks.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// Waits until a queue has something, or the scanner may have.
+    fn wait(&self) -> Outcome<()> {
+        let waiting = |queue: &dyn AsyncIo| queue.in_flight() > 0;
+        let queues = self.sources.iter().chain([&self.target]);
+        let mut fds: Vec<_> = queues
+            .filter(|queue| waiting(&***queue))
+            .map(|queue| PollFd::from_borrowed_fd(queue.notifier(), PollFlags::IN))
+            .collect();
+        if fds.is_empty() {
+            return Ok(());
+        }
+        let room = !self.scanned && self.chunks.len() < self.job.parallel;
+        let millis = Duration::from_millis(if room { 1 } else { 1000 });
+        let timeout = Timespec {
+            tv_sec: millis.as_secs().cast_signed(),
+            tv_nsec: millis.subsec_nanos().into(),
+        };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(Failure::new(format!("waiting for I/O: {error}"))),
+        }
+    }
+}
+
+fn failed(what: &str, offset: u64, kind: ErrorKind) -> Failure {
+    let text = errno::request_text(kind);
+    Failure::new(format!("error while {what} at byte {offset}: {text}"))
+}

@@ -1,0 +1,171 @@
+//! Finds out, ahead of the copy, which parts of the source have to be read.
+
+use std::sync::mpsc::SyncSender;
+
+use block::DiskFile;
+
+use crate::util::failure::{Failure, Outcome};
+
+/// What to do with a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Copy.
+    Data,
+    /// It reads as zeroes.
+    Zero,
+    /// The target's backing file has it.
+    Skip,
+}
+
+/// A run of one source.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    /// Which source.
+    pub(super) source: usize,
+    /// The offset in the source.
+    pub(super) offset: u64,
+    /// The offset in the target.
+    pub(super) target: u64,
+    pub(super) len: u64,
+    pub(super) kind: Kind,
+}
+
+/// A source, as the scanner sees it.
+pub(super) struct Scanned {
+    pub(super) disk: Box<dyn DiskFile>,
+    /// Its offset in the target.
+    pub(super) start: u64,
+}
+
+/// Sends every run of the sources, in order. Runs of data are at most `chunk` bytes, and no run ends
+/// inside a unit of the target, except at the end of a source: a unit with some data is data.
+pub(super) fn run(
+    sources: &[Scanned],
+    target_has_backing: bool,
+    unit: u64,
+    chunk: u64,
+    to: &SyncSender<Outcome<Run>>,
+) {
+    for (source, scanned) in sources.iter().enumerate() {
+        let result = scan_one(source, scanned, target_has_backing, unit, chunk, to);
+        if let Err(failure) = result {
+            // If nobody listens any more, nobody wants to know.
+            let _ = to.send(Err(failure));
+            return;
+        }
+    }
+}
+
+fn scan_one(
+    source: usize,
+    scanned: &Scanned,
+    target_has_backing: bool,
+    unit: u64,
+    chunk: u64,
+    to: &SyncSender<Outcome<Run>>,
+) -> Outcome<()> {
+    let size = scanned.disk.size();
+    let mut at = 0;
+    while at < size {
+        let status = scanned.disk.block_status(at, size - at).map_err(|error| {
+            Failure::new(format!(
+                "error while reading block status at offset {at}: {error}"
+            ))
+        })?;
+        let len = status.len.clamp(1, size - at);
+        let kind = if target_has_backing && !(status.present && status.depth == 0) {
+            Kind::Skip
+        } else if status.zero || !status.present {
+            Kind::Zero
+        } else {
+            Kind::Data
+        };
+        let target = scanned.start + at;
+        let (kind, len) = shape(kind, target, len, size - at, unit, chunk);
+        let run = Run {
+            source,
+            offset: at,
+            target,
+            len,
+            kind,
+        };
+        if to.send(Ok(run)).is_err() {
+            return Ok(());
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+/// What to do with the start of a run of `len` bytes, `left` bytes before the end of the source.
+fn shape(kind: Kind, target: u64, len: u64, left: u64, unit: u64, chunk: u64) -> (Kind, u64) {
+    let to_boundary = (unit - target % unit).min(left);
+    if kind != Kind::Data && target.is_multiple_of(unit) {
+        // Whole units, or all there is.
+        let whole = if len == left { len } else { len / unit * unit };
+        if whole > 0 {
+            return (kind, whole);
+        }
+    }
+    // A unit that is not all alike is data; so that most chunks are aligned, none crosses a multiple
+    // of the chunk size.
+    let end = if kind == Kind::Data {
+        len.max(to_boundary)
+    } else {
+        to_boundary
+    };
+    let end = if end < left {
+        (target + end).next_multiple_of(unit) - target
+    } else {
+        end
+    };
+    (Kind::Data, end.min(left).min(chunk - target % chunk))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_end_at_units() {
+        // Data stretches to the end of its unit and to the next chunk.
+        assert_eq!(
+            shape(Kind::Data, 0, 100, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
+        assert_eq!(
+            shape(Kind::Data, 0, 1 << 20, 1 << 20, 4096, 65536),
+            (Kind::Data, 65536)
+        );
+        assert_eq!(
+            shape(Kind::Data, 4096, 5000, 1 << 20, 4096, 65536),
+            (Kind::Data, 8192)
+        );
+        assert_eq!(
+            shape(Kind::Data, 61440, 1 << 20, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
+        // Zeroes shrink to whole units; a part of one is data.
+        assert_eq!(
+            shape(Kind::Zero, 0, 10000, 1 << 20, 4096, 65536),
+            (Kind::Zero, 8192)
+        );
+        assert_eq!(
+            shape(Kind::Zero, 0, 100, 1 << 20, 4096, 65536),
+            (Kind::Data, 4096)
+        );
+        assert_eq!(
+            shape(Kind::Skip, 512, 1 << 16, 1 << 20, 4096, 65536),
+            (Kind::Data, 3584)
+        );
+        // The end of the source ends everything.
+        assert_eq!(
+            shape(Kind::Zero, 0, 100, 100, 4096, 65536),
+            (Kind::Zero, 100)
+        );
+        assert_eq!(
+            shape(Kind::Data, 4096, 100, 100, 4096, 65536),
+            (Kind::Data, 100)
+        );
+    }
+}

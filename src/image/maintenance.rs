@@ -1,0 +1,135 @@
+//! What is done to qcow2 images as a whole: making, checking, snapshots. The file is opened alone, locked,
+//! and no file it names is.
+
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use block::{
+    Error, Format, Locking, Result,
+    formats::qcow2::{
+        check::{self, CheckReport, Repair},
+        create::{self, CreateOptions},
+        header::{CompressionType, FEATURES_OFFSET, Header, MAGIC},
+        snapshot::ops::{self, NewSnapshot},
+    },
+    io::AlignedBuf,
+    offline::{OfflineOptions, with_file},
+};
+
+use crate::image::create::{Preallocation, Qcow2Create};
+
+/// Makes a qcow2 image.
+pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
+    let options = CreateOptions {
+        size: wanted.size,
+        version: if wanted.version3 { 3 } else { 2 },
+        cluster_size: wanted.cluster_size,
+        refcount_bits: wanted.refcount_bits,
+        lazy_refcounts: wanted.lazy_refcounts,
+        compression_type: if wanted.zstd {
+            CompressionType::Zstd
+        } else {
+            CompressionType::Zlib
+        },
+        preallocation: match wanted.preallocation {
+            Preallocation::Off => create::Preallocation::Off,
+            Preallocation::Metadata => create::Preallocation::Metadata,
+            Preallocation::Falloc => create::Preallocation::Falloc,
+            Preallocation::Full => create::Preallocation::Full,
+        },
+        backing_file: wanted.backing_file.clone().map(String::into_bytes),
+        backing_format: wanted.backing_format.clone(),
+        ..CreateOptions::default()
+    };
+    // Before the file is cut.
+    options.check()?;
+    with_file(path, OfflineOptions::create(), async |io, file| {
+        create::create(io, file, &options).await
+    })
+}
+
+/// The format of the file at `path`, as far as checking needs to know.
+pub(crate) fn format_of(path: &Path) -> Result<Format> {
+    let mut magic = [0; 4];
+    let mut file = File::open(path).map_err(|error| Error::from(error).path(path))?;
+    Ok(match file.read_exact(&mut magic) {
+        Ok(()) if u32::from_be_bytes(magic) == MAGIC => Format::Qcow2,
+        _ => Format::Raw,
+    })
+}
+
+/// An image that cannot be opened at all is no finding of a check.
+pub(crate) enum Checked {
+    /// The header cannot be used.
+    Unusable(Error),
+    /// The check, or how it failed.
+    Report(Result<CheckReport>),
+}
+
+/// Checks a qcow2 image; `say` gets each line that `qemu-img` would print.
+pub(crate) fn check_qcow2(
+    path: &Path,
+    repair: Repair,
+    force_share: bool,
+    say: &mut dyn FnMut(&str),
+) -> Checked {
+    let mut options = if repair == Repair::None {
+        OfflineOptions::read()
+    } else {
+        OfflineOptions::write()
+    };
+    if force_share {
+        options.locking = Locking::Off;
+    }
+    let result = with_file(path, options, async |io, file| {
+        let mut header = match Header::read_for_check(io, file).await {
+            Ok(header) => header,
+            Err(error) => return Ok(Checked::Unusable(error)),
+        };
+        let report = check::check(io, file, &mut header, repair, say).await;
+        // As any other writer does, before anything that it cannot keep up to date goes stale.
+        if repair != Repair::None && report.is_ok() && header.clear_for_writing() {
+            let bytes = AlignedBuf::from_slice(&header.feature_bytes());
+            io.write(file, FEATURES_OFFSET, bytes).await?;
+            io.sync(file).await?;
+        }
+        Ok(Checked::Report(report))
+    });
+    result.unwrap_or_else(Checked::Unusable)
+}
+
+/// What to do with an internal snapshot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SnapshotAction {
+    /// Make it.
+    Create,
+    /// Go back to it.
+    Apply,
+    /// Forget it.
+    Delete,
+}
+
+/// Does something with an internal snapshot of a qcow2 image.
+pub(crate) fn snapshot(path: &Path, action: SnapshotAction, name: &str) -> Result<()> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    with_file(path, OfflineOptions::write(), async |io, file| match action {
+        SnapshotAction::Create => {
+            let new = NewSnapshot {
+                name: name.to_owned(),
+                date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                date_nsec: now.subsec_nanos(),
+                icount: Some(0),
+                ..NewSnapshot::default()
+            };
+            ops::create_offline(io, file, &new).await.map(drop)
+        }
+        SnapshotAction::Apply => ops::apply_offline(io, file, name).await,
+        SnapshotAction::Delete => ops::delete_offline(io, file, name).await,
+    })
+}

@@ -1,0 +1,313 @@
+//! Opening the images that the command line names.
+
+use std::path::Path;
+
+use block::{
+    AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Error, ErrorKind, FileGate, Format,
+    Locking, OpenOptions, io::EngineKind,
+};
+use clap::Args;
+
+use crate::{
+    grumble,
+    image::{
+        qcow2_options::CacheOptions,
+        spec::{ImageSpec, could_not_open, named_format},
+    },
+    util::{
+        errno,
+        failure::{Failure, Outcome},
+        keyval::{KeyVals, parse_switch},
+        persona::Persona,
+    },
+};
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OpenHow {
+    /// For reading only.
+    pub(crate) read_only: bool,
+    /// The cache mode.
+    pub(crate) cache: CacheMode,
+    /// Bypass the page cache whatever the cache mode says.
+    pub(crate) direct: bool,
+    /// The engine; the library's default otherwise.
+    pub(crate) engine: Option<EngineKind>,
+    /// Although another process may be writing to it.
+    pub(crate) force_share: bool,
+    /// What happens to discards; QEMU ignores them unless asked.
+    pub(crate) discard: Option<DiscardPolicy>,
+    /// Look for zeroes in what is written.
+    pub(crate) detect_zeroes: DetectZeroes,
+    /// Open nothing but the image.
+    pub(crate) no_backing: bool,
+    /// Use this backing file, whatever the header names.
+    pub(crate) backing: Option<ImageSpec>,
+    /// Show this internal snapshot.
+    pub(crate) snapshot: Option<String>,
+    /// Complete a change only when killing the process cannot lose it.
+    pub(crate) restartable: bool,
+    /// Open files that the image names only if its own format was named.
+    pub(crate) named_files_need_format: bool,
+}
+
+impl OpenHow {
+    /// For reading.
+    pub(crate) fn reading() -> Self {
+        Self {
+            read_only: true,
+            ..Self::default()
+        }
+    }
+}
+
+/// Options that commands which read images share.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ShareArgs {
+    /// The image names are lists of options (driver=qcow2,file.filename=PATH,...)
+    #[arg(long)]
+    pub(crate) image_opts: bool,
+    /// Open although another process may be writing: take no lock
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+}
+
+/// Reads the value of a `-t`/`-T`/`--cache` option.
+pub(crate) fn cache_mode(name: &str) -> Outcome<CacheMode> {
+    CacheMode::from_name(name).ok_or_else(|| Failure::new(format!("Invalid cache option: {name}")))
+}
+
+/// Opens an image.
+pub(crate) fn open(
+    spec: &ImageSpec,
+    how: &OpenHow,
+    persona: Persona,
+) -> Outcome<Box<dyn AsyncDiskFile>> {
+    open_quietly(spec, how, persona)
+        .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
+        .map_err(|failure| match persona {
+            Persona::QemuIo => Failure::new(failure.to_string().replacen(
+                "can't open: ",
+                &format!("can't open device {}: ", spec.display()),
+                1,
+            )),
+            _ => failure,
+        })
+}
+
+/// Opens an image; the error is the text after the image's name.
+pub(crate) fn open_quietly(
+    spec: &ImageSpec,
+    how: &OpenHow,
+    persona: Persona,
+) -> Result<Box<dyn AsyncDiskFile>, String> {
+    let mut how = how.clone();
+    let mut options = spec.options.clone();
+    let caches = CacheOptions::take(&mut options)?;
+    let mut locking = Locking::Auto;
+    apply(&mut options, &mut how, &mut locking)?;
+    if let Some(key) = options.first_key() {
+        let format = spec.format.map_or("image", Format::name);
+        return Err(format!(
+            "Block format '{format}' does not support the option '{key}'"
+        ));
+    }
+    let mut open = OpenOptions::new()
+        .read_only(how.read_only)
+        .cache_mode(how.cache)
+        .direct(how.direct)
+        .force_share(how.force_share)
+        .locking(locking)
+        .detect_zeroes(how.detect_zeroes)
+        .no_backing(how.no_backing)
+        .restartable(how.restartable)
+        .discard(how.discard.unwrap_or(DiscardPolicy::Unmap));
+    if persona.is_qemu() {
+        open = open.gate(FileGate::Everything).allow_probed_backing(true);
+    }
+    if let Some(format) = spec.format {
+        open = open.format(format);
+    } else if how.named_files_need_format {
+        open = open.gate(FileGate::Nothing);
+    }
+    if let Some(engine) = how.engine {
+        open = open.engine(engine);
+    }
+    if let Some(bytes) = caches.bytes {
+        open = open.metadata_cache_size(bytes);
+    }
+    if let Some(name) = &how.snapshot {
+        open = open.snapshot(name);
+    }
+    if let Some(backing) = &how.backing {
+        open = open.backing(&backing.path, backing.format);
+    }
+    let disk = open
+        .open(&spec.path)
+        .map_err(|error| explain(&error, &spec.path, persona))?;
+    if spec.format.is_none() && disk.format() == Format::Raw && !how.read_only {
+        warn_of_guess(&spec.path);
+    }
+    caches.check(disk.info().cluster_size.unwrap_or(u64::MAX))?;
+    Ok(disk)
+}
+
+/// Takes the options that any image has out of the list.
+fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Result<(), String> {
+    let mut switch = |key: &str| -> Result<Option<bool>, String> {
+        let value = options.take(key);
+        let read = |value: String| {
+            parse_switch(&value).ok_or_else(|| format!("Parameter '{key}' expects 'on' or 'off'"))
+        };
+        value.map(read).transpose()
+    };
+    if let Some(read_only) = switch("read-only")? {
+        how.read_only = read_only;
+    }
+    if let Some(force_share) = switch("force-share")? {
+        how.force_share = force_share;
+    }
+    if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
+        how.direct = direct;
+    }
+    if switch("cache.no-flush")? == Some(true) {
+        how.cache = CacheMode::Unsafe;
+    }
+    // An image that is closed when the program ends leaves no lazy refcounts behind; and discards
+    // are passed on as far as the discard policy says.
+    for key in [
+        "lazy-refcounts",
+        "pass-discard-request",
+        "pass-discard-snapshot",
+        "pass-discard-other",
+    ] {
+        switch(key)?;
+    }
+    for key in [
+        "overlap-check",
+        "overlap-check.template",
+        "cache-clean-interval",
+    ] {
+        options.take(key);
+    }
+    if let Some(mode) = options.take("file.locking") {
+        *locking = match mode.as_str() {
+            "auto" => Locking::Auto,
+            "on" => Locking::On,
+            "off" => Locking::Off,
+            mode => {
+                return Err(format!(
+                    "Parameter 'locking' does not accept value '{mode}'"
+                ));
+            }
+        };
+    }
+    if let Some(aio) = options.take("file.aio") {
+        how.engine = engine_of_aio(&aio)
+            .ok_or_else(|| format!("Parameter 'aio' does not accept value '{aio}'"))?;
+    }
+    if let Some(policy) = options.take("discard") {
+        how.discard = Some(discard_policy(&policy).ok_or("Invalid discard option")?);
+    }
+    if let Some(mode) = options.take("detect-zeroes") {
+        how.detect_zeroes = match mode.as_str() {
+            "off" => DetectZeroes::Off,
+            "on" => DetectZeroes::On,
+            "unmap" => DetectZeroes::Unmap,
+            mode => {
+                return Err(format!(
+                    "Parameter 'detect-zeroes' does not accept value '{mode}'"
+                ));
+            }
+        };
+    }
+    let backing = (
+        options.take("backing.driver"),
+        options.take("backing.file.filename"),
+    );
+    options.take("backing.file.driver");
+    if let (driver, Some(path)) = backing {
+        let format = driver.map(|driver| named_format(&driver)).transpose()?;
+        how.backing = Some(ImageSpec::plain(path, format));
+    } else if options.take("backing").is_some_and(|name| name.is_empty()) {
+        how.no_backing = true;
+    }
+    Ok(())
+}
+
+/// The engine that QEMU's name for an AIO mode asks for: `Some(None)` is the library's default.
+pub(crate) fn engine_of_aio(name: &str) -> Option<Option<EngineKind>> {
+    match name {
+        "threads" => Some(None),
+        "native" => Some(Some(EngineKind::LinuxAio)),
+        "io_uring" => Some(Some(EngineKind::IoUring)),
+        _ => None,
+    }
+}
+
+/// The policy of that name.
+pub(crate) fn discard_policy(name: &str) -> Option<DiscardPolicy> {
+    match name {
+        "unmap" | "on" => Some(DiscardPolicy::Unmap),
+        "ignore" | "off" => Some(DiscardPolicy::Ignore),
+        _ => None,
+    }
+}
+
+fn warn_of_guess(path: &Path) {
+    grumble!(
+        "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions.",
+        path.display()
+    );
+}
+
+/// Why an image could not be opened, without the image's own name in front.
+pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
+    let file = error.file().unwrap_or(path);
+    let of_host = match error.kind() {
+        ErrorKind::NotFound => Some(errno::text(libc::ENOENT)),
+        ErrorKind::Io(number) => Some(errno::text(number)),
+        ErrorKind::ReadOnly => Some(errno::text(libc::EROFS)),
+        _ => None,
+    };
+    if persona.is_qemu()
+        && let Some(below) = error.message().strip_prefix("backing file: ")
+    {
+        return match of_host {
+            Some(text) => {
+                let name = below.split_once(": ").map_or(below, |(name, _)| name);
+                format!("Could not open backing file: Could not open '{name}': {text}")
+            }
+            None => format!("Could not open backing file: {below}"),
+        };
+    }
+    let text = match of_host {
+        Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),
+        _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => format!(
+            "Failed to get \"write\" lock\nIs another process using the image [{}]?",
+            file.display()
+        ),
+        _ if persona.is_qemu() => {
+            // The library adds which field has which value.
+            let text = error.message();
+            let end = text.find(" (field ").unwrap_or(text.len());
+            text[..end].to_owned()
+        }
+        _ if error.file().is_some_and(|file| file != path) => error.to_string(),
+        _ => error.message(),
+    };
+    if persona.is_qemu() && file != path {
+        let host = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Io(_));
+        return if host {
+            format!("Could not open backing file: {text}")
+        } else {
+            format!(
+                "Could not open backing file: Could not open '{}': {text}",
+                file.display()
+            )
+        };
+    }
+    text
+}
