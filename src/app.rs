@@ -119,20 +119,19 @@ pub(crate) fn run(args: Vec<OsString>) -> u8 {
         }),
         Persona::QemuIo => parse::<QemuIoCli>(args, persona).map(|cli| {
             start_tracing(0, persona);
-            crate::io::run(cli.args, persona)
+            crate::io::run(&cli.args, persona)
         }),
     };
     match outcome {
-        Ok(Ok(status)) => status,
+        Ok(Ok(status)) | Err(status) => status,
         Ok(Err(failure)) => persona.report(&failure),
-        Err(status) => status,
     }
 }
 
 fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
     match command {
         PlatterCommand::Image(command) => run_image(command, persona),
-        PlatterCommand::Io(args) => crate::io::run(*args, persona),
+        PlatterCommand::Io(args) => crate::io::run(&args, persona),
         PlatterCommand::Bench(args) => crate::bench::run(&args, persona),
         PlatterCommand::Serve(args) => crate::serve::run(&args, persona),
         PlatterCommand::Completions { shell } => {
@@ -148,7 +147,7 @@ fn run_image(command: ImageCommand, persona: Persona) -> Outcome {
         ImageCommand::Check(args) => crate::check::run(&args, persona),
         ImageCommand::Compare(args) => crate::compare::run(&args, persona),
         ImageCommand::Convert(args) => crate::convert::run(&args, persona),
-        ImageCommand::Create(args) => crate::create::run(args, persona),
+        ImageCommand::Create(args) => crate::create::run(&args, persona),
         ImageCommand::Dd(args) => crate::dd::run(&args, persona),
         ImageCommand::Info(args) => crate::info::run(&args, persona),
         ImageCommand::Map(args) => crate::map::run(&args, persona),

@@ -60,7 +60,7 @@ pub(crate) struct CreateArgs {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: CreateArgs, persona: Persona) -> Outcome {
+pub(crate) fn run(args: &CreateArgs, persona: Persona) -> Outcome {
     let mut options = KeyVals::default();
     for list in &args.options {
         if list == "help" || list == "?" {

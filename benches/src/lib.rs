@@ -1,6 +1,6 @@
 //! What the benchmarks share: sides to compare, slices of time, ratios.
 //!
-//! A benchmark compares two [`Side`]s that do the same work. It lets them run in turn, a slice of
+//! A benchmark compares two [`side::Side`]s that do the same work. It lets them run in turn, a slice of
 //! time each, many times over; every pair of neighbouring slices gives one ratio. The machine may
 //! become slower or faster meanwhile: a pair hardly notices, and the median of the ratios less.
 

@@ -170,7 +170,7 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
     })
 }
 
-/// The head of the table that [`line`] fills.
+/// The head of the table that [`line()`] fills.
 pub const HEAD: &str = "\
 | what | ours / peer, kIOPS | IOPS ratio | min-max | middle half | ours / peer, CPU ns | CPU ratio | min-max | bar | decided by | met |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |";

@@ -13,7 +13,7 @@ use std::{
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
-    hooks::Hook,
+    hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
     io::{
         AsyncIo, Contexts, DiskCore, Drained, EngineKind, Io, RequestOp, borrowed, borrowed_mut,
@@ -34,6 +34,8 @@ pub(crate) struct Shared {
     pub(crate) engine: EngineKind,
     listeners: Mutex<Vec<ResizeListener>>,
     closing: AtomicBool,
+    /// Held by who changes the disk while it is drained: drains nest, such sections do not.
+    section: Mutex<()>,
 }
 
 /// An opened disk of any format. Clones share everything; the last one to go closes the image.
@@ -64,6 +66,7 @@ impl Disk {
                 engine,
                 listeners: Mutex::default(),
                 closing: AtomicBool::new(false),
+                section: Mutex::default(),
             }),
         }
     }
@@ -117,14 +120,18 @@ impl Disk {
     /// Serves one request on the calling thread.
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
-        let named = |error: Error| error.path(&self.shared.core.path);
         self.with_pin(async |io| {
-            // Under the pin: a resize would have to wait.
+            // Under the pin: the size does not change any more, nor is the disk closed.
             serve::check(served, op)
                 .map_err(|kind| describe(kind, op.summary(), served.image.size()))?;
-            serve::serve(served, io, op).await
+            let mutation = serve::mutation(op);
+            served.hooks.begin(mutation);
+            let result = serve::serve(served, io, op).await;
+            let outcome = result.as_ref().map_err(Error::kind);
+            served.hooks.end(mutation, outcome.copied());
+            result
         })
-        .map_err(named)
+        .map_err(|error| error.path(&self.shared.core.path))
     }
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
@@ -146,11 +153,7 @@ impl Disk {
 
     /// Runs a section while no request is in flight.
     pub(crate) fn with_drained<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
-        let core = &self.shared.core;
-        self.shared.contexts.block_on(core, async move |io| {
-            let _drained = core.pins.drain().await;
-            work(io).await
-        })
+        self.shared.with_drained(work)
     }
 }
 
@@ -176,6 +179,17 @@ pub(crate) fn describe(
 }
 
 impl Shared {
+    fn with_drained<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+        let core = &self.core;
+        // Not behind the lock: another section may wait for this thread's requests.
+        self.contexts.check_thread(core)?;
+        let _section = lock(&self.section);
+        self.contexts.block_on(core, async move |io| {
+            let _drained = core.pins.drain().await;
+            work(io).await
+        })
+    }
+
     fn close(&self) -> Result<()> {
         if self.closing.swap(true, Ordering::AcqRel) {
             return Ok(());
@@ -183,8 +197,7 @@ impl Shared {
         let image = &self.served.image;
         let writable = image.capabilities().writable;
         let core = &self.core;
-        let result = self.contexts.block_on(core, async move |io| {
-            let _drained = core.pins.drain().await;
+        let result = self.with_drained(async move |io| {
             self.served.closed.store(true, Ordering::Release);
             if writable && !self.served.policy.ignore_flush {
                 image.close(io).await
@@ -290,19 +303,20 @@ impl DiskFile for Disk {
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let size = self.size();
-        let inside = offset
-            .checked_add(len)
-            .is_some_and(|end| end <= size && len > 0);
-        if !inside {
-            return Err(Error::invalid_argument(format!(
-                "block status of {len} bytes at {offset}: expected a range inside {size} bytes"
-            ))
-            .path(self.path()));
-        }
         let image = &self.shared.served.image;
-        self.with_pin(async |io| image.block_status(io, GuestRange::new(offset, len)).await)
-            .map_err(|error| error.path(self.path()))
+        self.with_pin(async |io| {
+            let size = image.size();
+            let inside = offset
+                .checked_add(len)
+                .is_some_and(|end| end <= size && len > 0);
+            if !inside {
+                return Err(Error::invalid_argument(format!(
+                    "block status of {len} bytes at {offset}: expected a range inside {size} bytes"
+                )));
+            }
+            image.block_status(io, GuestRange::new(offset, len)).await
+        })
+        .map_err(|error| error.path(self.path()))
     }
 
     fn resize(&self, size: u64) -> Result<()> {
@@ -326,12 +340,21 @@ impl DiskFile for Disk {
         if served.policy.read_only {
             return Err(Error::new(ErrorKind::ReadOnly).path(self.path()));
         }
-        let range = GuestRange::new(offset, data.len() as u64);
-        if range.end() > self.size() {
-            return Err(Error::new(ErrorKind::OutOfRange).path(self.path()));
-        }
         let written = self
-            .with_pin(async |io| served.image.write_compressed(io, range, data).await)
+            .with_pin(async |io| {
+                let range = GuestRange::new(offset, data.len() as u64);
+                let op = RequestOp::Discard {
+                    offset,
+                    len: range.len,
+                };
+                serve::check(served, &op).map_err(Error::new)?;
+                let mutation = Some(Mutation::Write(range));
+                served.hooks.begin(mutation);
+                let result = served.image.write_compressed(io, range, data).await;
+                let outcome = result.as_ref().map(drop).map_err(Error::kind);
+                served.hooks.end(mutation, outcome);
+                result
+            })
             .map_err(|error| error.operation("write compressed").path(self.path()))?;
         if written {
             return Ok(());

@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
     rc::{Rc, Weak},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use smallvec::SmallVec;
@@ -134,7 +134,7 @@ impl QueueInner {
             self.hold(request);
             return;
         };
-        // Under the pin: a resize would have to wait.
+        // Under the pin: the size does not change any more, nor is the disk closed.
         if let Err(kind) = serve::check(&self.served, &request.op) {
             self.complete(request.id, Err(kind), buffers_of(request.op));
             return;
@@ -162,9 +162,7 @@ impl QueueInner {
                     buffers,
                     fua,
                 };
-                let allowed = self.served.policy.allows_direct_write()
-                    && !self.is_guarded(range)
-                    && (!fua || self.served.image.mapping_is_durable(range));
+                let allowed = self.served.policy.allows_direct_write() && !self.is_guarded(range);
                 let intent = Intent::WriteInPlace;
                 match if allowed {
                     self.try_direct(request.id, range, buffers, pin, intent, fua)
@@ -216,6 +214,10 @@ impl QueueInner {
                 .image
                 .try_map(range, intent, &mut self.io.cache.borrow_mut(), &mut extents);
         if mapped.is_err() || extents.len() != range.len || range.len == 0 {
+            return Err(buffers);
+        }
+        // Asked after the lookup: what was found then is what is durable.
+        if dsync && !self.served.image.mapping_is_durable(range) {
             return Err(buffers);
         }
         if let [
@@ -568,20 +570,27 @@ impl AsyncIo for Queue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ready = |queue: &Self| !queue.inner.completed.borrow().is_empty();
         self.plugged = false;
-        if ready(self) {
-            return Ok(true);
-        }
-        if !self.driver().can_submit_and_wait() {
-            self.driver().turn();
+        loop {
             if ready(self) {
                 return Ok(true);
             }
+            if !self.driver().can_submit_and_wait() {
+                self.driver().turn();
+                if ready(self) {
+                    return Ok(true);
+                }
+            }
+            // A wake that moved a task on, but ended no request, does not end the wait.
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            self.driver().wait(left)?;
+            self.driver().turn();
+            if left == Some(Duration::ZERO) {
+                return Ok(ready(self));
+            }
         }
-        self.driver().wait(timeout)?;
-        self.driver().turn();
-        Ok(ready(self))
     }
 }
 

@@ -287,7 +287,7 @@ async fn check_guarded(served: &Served, io: &Io, range: GuestRange, data: &[u8])
 }
 
 /// Writes a range. Returns whether the caller must still make it durable, or settle the map.
-async fn write_image(
+pub(crate) async fn write_image(
     image: &dyn Image,
     io: &Io,
     mut range: GuestRange,

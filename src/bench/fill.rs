@@ -2,7 +2,10 @@
 
 use block::DiskFile;
 
-use crate::util::failure::{Failure, Outcome};
+use crate::util::{
+    failure::{Failure, Outcome},
+    interrupt,
+};
 
 /// Bytes of a sector.
 pub(super) const SECTOR: u64 = 512;
@@ -42,6 +45,7 @@ impl Model {
         };
         let mut buf = vec![0; CHUNK as usize];
         for start in (0..size).step_by(CHUNK as usize) {
+            interrupt::check()?;
             let buf = &mut buf[..CHUNK.min(size - start) as usize];
             model.expected(start, buf);
             disk.write_at(buf, start)

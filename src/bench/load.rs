@@ -18,6 +18,7 @@ use crate::{
     util::{
         errno,
         failure::{Failure, Outcome},
+        interrupt,
     },
 };
 
@@ -219,6 +220,7 @@ impl<'a> Job<'a> {
                 return Ok(self.latency);
             }
             self.lane.reap(&mut ended)?;
+            interrupt::check()?;
             if ended.is_empty() {
                 self.lane.wait()?;
                 continue;

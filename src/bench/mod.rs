@@ -19,6 +19,7 @@ use crate::{
     },
     util::{
         failure::{Failure, Outcome},
+        interrupt,
         persona::Persona,
     },
 };
@@ -38,6 +39,7 @@ struct Case {
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
+    interrupt::watch();
     match &args.image {
         None => suite::run(args, persona),
         Some(image) => on_image(args, image, persona),

@@ -45,6 +45,7 @@ pub(super) fn device(
     Ok(device)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
 fn failed(error: virtio_devices::Error) -> Failure {
     Failure::new(error.to_string())
 }

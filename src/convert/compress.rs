@@ -16,6 +16,7 @@ use crate::{
     util::{
         bytes,
         failure::{Failure, Outcome},
+        interrupt,
         progress::Progress,
     },
 };
@@ -49,6 +50,7 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
                     let next = from.lock().map(|from| from.recv());
                     let Ok(Ok(next)) = next else { break };
                     let result = next.and_then(|run| {
+                        interrupt::check()?;
                         one(job, &*sources[run.source].disk, &run, &mut buf)?;
                         Ok(run.len)
                     });

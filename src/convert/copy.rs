@@ -20,6 +20,7 @@ use crate::{
     util::{
         bytes, errno,
         failure::{Failure, Outcome},
+        interrupt,
         progress::Progress,
     },
 };
@@ -104,6 +105,7 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
 impl Copy<'_> {
     fn run(&mut self) -> Outcome<()> {
         loop {
+            interrupt::check()?;
             self.take_runs()?;
             self.start_writes();
             self.submit();

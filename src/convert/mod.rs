@@ -18,6 +18,7 @@ use crate::{
     },
     util::{
         failure::{Failure, Outcome},
+        interrupt,
         keyval::KeyVals,
         persona::Persona,
         progress::Progress,
@@ -179,6 +180,7 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
             "Compression not supported for this file format",
         ));
     }
+    interrupt::watch();
     let made = if args.no_create {
         None
     } else {
@@ -285,7 +287,10 @@ fn open_snapshot(
         ..how.clone()
     };
     let snapshots = open::open(spec, &current, persona)?.info().snapshots;
-    if snapshots.iter().all(|one| one.name != name && one.id != name) {
+    if snapshots
+        .iter()
+        .all(|one| one.name != name && one.id != name)
+    {
         return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
     }
     open::open(spec, &how, persona)

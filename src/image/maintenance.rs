@@ -118,18 +118,22 @@ pub(crate) fn snapshot(path: &Path, action: SnapshotAction, name: &str) -> Resul
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    with_file(path, OfflineOptions::write(), async |io, file| match action {
-        SnapshotAction::Create => {
-            let new = NewSnapshot {
-                name: name.to_owned(),
-                date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
-                date_nsec: now.subsec_nanos(),
-                icount: Some(0),
-                ..NewSnapshot::default()
-            };
-            ops::create_offline(io, file, &new).await.map(drop)
-        }
-        SnapshotAction::Apply => ops::apply_offline(io, file, name).await,
-        SnapshotAction::Delete => ops::delete_offline(io, file, name).await,
-    })
+    with_file(
+        path,
+        OfflineOptions::write(),
+        async |io, file| match action {
+            SnapshotAction::Create => {
+                let new = NewSnapshot {
+                    name: name.to_owned(),
+                    date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+                    date_nsec: now.subsec_nanos(),
+                    icount: Some(0),
+                    ..NewSnapshot::default()
+                };
+                ops::create_offline(io, file, &new).await.map(drop)
+            }
+            SnapshotAction::Apply => ops::apply_offline(io, file, name).await,
+            SnapshotAction::Delete => ops::delete_offline(io, file, name).await,
+        },
+    )
 }

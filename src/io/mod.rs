@@ -119,11 +119,11 @@ pub(crate) struct Session {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: IoArgs, persona: Persona) -> Outcome {
+pub(crate) fn run(args: &IoArgs, persona: Persona) -> Outcome {
     let mut session = Session {
         persona,
         format: args.format.clone().filter(|_| !args.share.image_opts),
-        how: how(&args)?,
+        how: how(args)?,
         opened: None,
         done: false,
     };

@@ -3,6 +3,7 @@
 pub(crate) mod bytes;
 pub(crate) mod errno;
 pub(crate) mod failure;
+pub(crate) mod interrupt;
 pub(crate) mod json;
 pub(crate) mod keyval;
 pub(crate) mod out;

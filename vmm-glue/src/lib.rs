@@ -6,3 +6,12 @@ mod sys;
 
 pub mod in_process;
 pub mod vhost_user;
+
+/// The examples of the embedding guide and of the read-me, which are run as tests.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../../docs/embedding.md")]
+    pub struct Embedding;
+    #[doc = include_str!("../../README.md")]
+    pub struct ReadMe;
+}

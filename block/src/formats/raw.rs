@@ -285,7 +285,8 @@ impl Image for Raw {
             io.set_len(self.host.file, size).await?;
             self.present.store(size, Ordering::Release);
             self.size.store(size, Ordering::Release);
-            Ok(())
+            // The guest is told of the size: it must not come back as another.
+            io.sync(self.host.file).await
         })
     }
 }

@@ -50,10 +50,16 @@ impl Contexts {
         result?
     }
 
-    fn take(&self, core: &Arc<DiskCore>) -> Result<Io> {
+    /// Refuses a thread that would wait for requests of its own.
+    pub(crate) fn check_thread(&self, core: &DiskCore) -> Result<()> {
         if thread_is_busy_with(core.id) {
             return Err(crate::Error::new(ErrorKind::WouldDeadlock).path(&core.path));
         }
+        Ok(())
+    }
+
+    fn take(&self, core: &Arc<DiskCore>) -> Result<Io> {
+        self.check_thread(core)?;
         let parked = lock(&self.spare).pop();
         if let Some(Parked(io)) = parked {
             return Ok(io);

@@ -261,11 +261,6 @@ impl Driver {
         }
     }
 
-    /// Whether somebody may sleep on the notifier.
-    pub(crate) fn is_notifying(&self) -> bool {
-        self.notifying.get()
-    }
-
     /// Makes the notifier readable, if somebody asked for it.
     pub(crate) fn notify(&self) {
         if self.notifying.get() {

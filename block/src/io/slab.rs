@@ -92,6 +92,14 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// Ends every tenancy.
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = T> {
+        self.free.clear();
+        std::mem::take(&mut self.places)
+            .into_iter()
+            .filter_map(|place| place.value)
+    }
+
     /// Ends a tenancy and drops the value where it is.
     pub(crate) fn discard(&mut self, key: Key) {
         let Some(place) = self.places.get_mut(key.index as usize) else {
@@ -102,14 +110,6 @@ impl<T> Slab<T> {
             place.generation = place.generation.wrapping_add(1);
             self.free.push(key.index);
         }
-    }
-
-    /// Ends every tenancy.
-    pub(crate) fn drain(&mut self) -> impl Iterator<Item = T> {
-        self.free.clear();
-        std::mem::take(&mut self.places)
-            .into_iter()
-            .filter_map(|place| place.value)
     }
 
     /// The number of places in use.

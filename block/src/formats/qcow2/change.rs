@@ -10,8 +10,9 @@ use super::{
     read_only,
 };
 use crate::{
-    Error, GuestRange, Result,
-    io::{AlignedBuf, Io},
+    Error, GuestOffset, GuestRange, Result,
+    io::{AlignedBuf, Buffers, Io},
+    serve,
     sync::lock,
 };
 
@@ -138,7 +139,6 @@ impl Qcow2 {
         }
         let slice = self.l2_slice_for_change(io, first).await?;
         let change = slice.change();
-        let mut became_dirty = false;
         for cluster in first..stop {
             let place = self.geometry.in_slice(cluster);
             let raw = change.get(place);
@@ -146,14 +146,10 @@ impl Qcow2 {
             let Some((after, punch)) = self.changed_entry(raw, before, cluster, becomes) else {
                 continue;
             };
-            became_dirty |= change.set(place, after);
+            self.set_entry(&slice, &change, place, after);
             if let Some(punch) = punch {
                 self.unlink(before, punch);
             }
-        }
-        drop(change);
-        if became_dirty {
-            self.pending.add_dirty(&slice);
         }
         Ok(stop)
     }
@@ -210,7 +206,7 @@ impl Qcow2 {
             if entries > self.l1.entries() {
                 self.move_l1(io, entries, size, &mut header).await?;
             }
-            self.cover_backing(io, old_size, size).await?;
+            self.clear_growth(io, old_size, size).await?;
         }
         self.settle(io).await?;
         header.size = size;
@@ -221,25 +217,35 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// What the backing file has beyond the old end must not appear when the disk grows.
-    async fn cover_backing(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
-        let grown = GuestRange::new(old_size, size - old_size);
-        if self.in_backing(grown).len == 0 {
-            return Ok(());
-        }
-        let in_last = self.geometry.in_cluster(old_size);
-        let last = self.geometry.cluster(grown.start);
-        let partial = in_last != 0 && self.entry(io, last).await? == Entry::Unallocated;
-        if !self.geometry.zero_flag || partial {
+    /// What the last cluster still has beyond the old end, from when the disk was larger, and what
+    /// the backing file has there, must not appear when the disk grows.
+    async fn clear_growth(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let first = old_size.div_ceil(cluster_size);
+        let end = size.div_ceil(cluster_size);
+        let uncovered = first < end && {
+            let start = self.geometry.start(first);
+            self.in_backing(GuestRange::new(start, size - start)).len > 0
+        };
+        if uncovered && !self.geometry.zero_flag {
             return Err(Error::unsupported(format!(
                 "size: growing from {old_size} to {size} bytes would uncover data of the backing file"
             )));
         }
-        let cluster_size = self.geometry.cluster_size();
-        let first = old_size.div_ceil(cluster_size);
-        let end = size.div_ceil(cluster_size);
-        self.change_clusters(io, first, end, Becomes::ZeroUnmapped)
-            .await
+        let old_end = GuestOffset(old_size);
+        let last = self.geometry.cluster(old_end);
+        let in_last = self.geometry.in_cluster(old_size);
+        if in_last != 0 && !self.reads_zero(self.entry(io, last).await?, last) {
+            let rest = (cluster_size - in_last).min(size - old_size);
+            let zeroes = Buffers::owned(AlignedBuf::zeroed(rest as usize));
+            let range = GuestRange::new(old_size, rest);
+            serve::write_image(self, io, range, &zeroes, false).await?;
+        }
+        if uncovered {
+            self.change_clusters(io, first, end, Becomes::ZeroUnmapped)
+                .await?;
+        }
+        Ok(())
     }
 
     /// Moves the L1 table to where it has room for more entries.
@@ -255,6 +261,10 @@ impl Qcow2 {
         *lock(&self.header) = header.clone();
         let clusters = old_bytes.div_ceil(self.geometry.cluster_size());
         let first = old_offset >> self.geometry.cluster_bits;
+        self.refcounts.l1_moved(
+            header.l1_table_offset >> self.geometry.cluster_bits,
+            (entries * 8).div_ceil(self.geometry.cluster_size()),
+        );
         self.refcounts.release(io, first, clusters).await
     }
 
@@ -268,17 +278,25 @@ impl Qcow2 {
         }
         let clusters = bytes.div_ceil(self.geometry.cluster_size());
         let run = self.refcounts.allocate(io, clusters, true).await?;
+        let offset = self.geometry.start(run.first);
+        let filled = self.fill_l1(io, offset, clusters).await;
+        if let Err(error) = filled {
+            self.refcounts.release(io, run.first, run.count).await?;
+            return Err(error);
+        }
+        Ok(offset)
+    }
+
+    async fn fill_l1(&self, io: &Io, offset: u64, clusters: u64) -> Result<()> {
         let old_bytes = (self.l1.entries() * 8) as usize;
         let old = io
             .read_padded(self.file, self.l1.offset(), old_bytes)
             .await?;
         let mut table = AlignedBuf::zeroed((clusters << self.geometry.cluster_bits) as usize);
         table[..old_bytes].copy_from_slice(&old);
-        let offset = self.geometry.start(run.first);
         io.write(self.file, offset, table).await?;
         // The reference counts of the new table, and the table, are durable before the header
         // names it.
-        self.settle(io).await?;
-        Ok(offset)
+        self.settle(io).await
     }
 }

@@ -18,20 +18,21 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
 };
 
-use super::{Qcow2, l2::Compressed, refcount::DirtyCounts};
+use super::{
+    Qcow2,
+    counts::{write_counts, write_pieces},
+    l2::Compressed,
+};
 use crate::{
     Result,
-    io::{AlignedBuf, FallocateMode, Io},
-    sync::{join_all, lock},
-    table::TableSlice,
+    io::{FallocateMode, Io},
+    sync::lock,
+    table::{SliceChange, TableSlice},
 };
-
-/// Table writes in flight at a time.
-const WRITES_AT_A_TIME: usize = 64;
 
 /// Whether the host gets a freed cluster's space back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,8 @@ struct Freed {
     punch: Punch,
     /// Their decompressed content is forgotten with them.
     compressed: Option<Compressed>,
+    /// It was a table: a late reader may have put slices of it into the cache once more.
+    table: bool,
 }
 
 /// Whether the L1 table on the disk is that in memory.
@@ -67,6 +70,9 @@ pub(super) struct Pending {
     /// Freed clusters whose mappings are gone from the disk, by stamp.
     limbo: Mutex<VecDeque<(u64, Freed)>>,
     l1: AtomicU8,
+    /// Everything that was in the file when it was opened is durable. Before the first sync it need
+    /// not be: another process may have been killed with writes on their way.
+    synced: AtomicBool,
 }
 
 impl Pending {
@@ -85,6 +91,11 @@ impl Pending {
         self.l1.load(Ordering::Acquire) == l1_state::CLEAN
     }
 
+    /// Whether what the file had when it was opened is durable.
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
+    }
+
     /// Dirty slices.
     pub(super) fn dirty_slices(&self) -> usize {
         lock(&self.dirty).len()
@@ -97,6 +108,18 @@ impl Pending {
             count,
             punch,
             compressed: None,
+            table: false,
+        });
+    }
+
+    /// The cluster of a table that was replaced loses a reference likewise.
+    pub(super) fn free_table(&self, cluster: u64) {
+        lock(&self.freed).push(Freed {
+            first: cluster,
+            count: 1,
+            punch: Punch::No,
+            compressed: None,
+            table: true,
         });
     }
 
@@ -108,11 +131,28 @@ impl Pending {
             // Other compressed data may share the cluster.
             punch: Punch::No,
             compressed: Some(data),
+            table: false,
         });
     }
 
     fn is_idle(&self) -> bool {
         lock(&self.dirty).is_empty() && lock(&self.freed).is_empty()
+    }
+}
+
+impl Qcow2 {
+    /// Changes an entry of a table. The slice is listed as dirty before its lock is given back:
+    /// a flush on another thread never sees the change, or what it freed, without the slice.
+    pub(super) fn set_entry(
+        &self,
+        slice: &Arc<TableSlice>,
+        change: &SliceChange<'_>,
+        place: usize,
+        value: u64,
+    ) {
+        if change.set(place, value) {
+            self.pending.add_dirty(slice);
+        }
     }
 }
 
@@ -173,8 +213,9 @@ impl Qcow2 {
             .collect();
         self.write_refcounts(io).await?;
         io.sync(self.file).await?;
+        self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
-            self.write_all(io, copies).await?;
+            write_pieces(io, self.file, copies).await?;
             io.sync(self.file).await?;
         }
         for slice in &taken.slices {
@@ -192,65 +233,21 @@ impl Qcow2 {
             let stamp = io.core.pins.stamp();
             lock(&self.pending.limbo).extend(freed.into_iter().map(|item| (stamp, item)));
         }
-        self.reclaim(io).await
+        self.reclaim(io).await;
+        Ok(())
     }
 
     /// Writes changed reference counts, in their order.
     async fn write_refcounts(&self, io: &Io) -> Result<()> {
-        let DirtyCounts {
-            blocks,
-            table,
-            moved,
-        } = self.refcounts.take_dirty();
-        self.write_all(io, blocks).await?;
-        let Some((offset, bytes)) = table else {
-            return Ok(());
-        };
-        // Blocks are durable before the table names them.
-        io.sync(self.file).await?;
-        io.write(self.file, offset, AlignedBuf::from_slice(&bytes))
-            .await?;
-        let Some((offset, clusters)) = moved else {
-            return Ok(());
-        };
-        // So is the table before the header names it.
-        io.sync(self.file).await?;
         let mut header = lock(&self.header).clone();
-        header.refcount_table_offset = offset;
-        header.refcount_table_clusters = clusters;
-        header.write(io, self.file).await?;
-        io.sync(self.file).await?;
+        write_counts(io, self.file, &self.refcounts, &mut header).await?;
         *lock(&self.header) = header;
-        if let Some((first, count)) = self.refcounts.move_done() {
-            self.refcounts.release(io, first, count).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes pieces of the image file, several at a time, neighbours together.
-    async fn write_all(&self, io: &Io, mut pieces: Vec<(u64, Vec<u8>)>) -> Result<()> {
-        pieces.sort_unstable_by_key(|(offset, _)| *offset);
-        let mut merged: Vec<(u64, Vec<u8>)> = Vec::with_capacity(pieces.len());
-        for (offset, bytes) in pieces {
-            match merged.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == offset => run.extend(bytes),
-                _ => merged.push((offset, bytes)),
-            }
-        }
-        for group in merged.chunks(WRITES_AT_A_TIME) {
-            let writes = group
-                .iter()
-                .map(|(offset, bytes)| io.write(self.file, *offset, AlignedBuf::from_slice(bytes)));
-            for result in join_all(writes).await {
-                result?;
-            }
-        }
         Ok(())
     }
 
     /// Gives clusters back whose mapping is gone from the disk and that no request can touch any
     /// more: punched first, if asked, and only then free.
-    async fn reclaim(&self, io: &Io) -> Result<()> {
+    async fn reclaim(&self, io: &Io) {
         let released = io.core.pins.released();
         loop {
             let ready = {
@@ -260,17 +257,26 @@ impl Qcow2 {
                     _ => None,
                 }
             };
-            let Some((_, freed)) = ready else {
-                return Ok(());
-            };
+            let Some((_, freed)) = ready else { return };
             if let Some(data) = freed.compressed {
                 self.decompressed.forget(data);
             }
-            if freed.punch == Punch::Yes {
-                self.punch(io, freed).await?;
+            if freed.table {
+                let end = self.geometry.start(freed.first + freed.count);
+                self.slices.retire(self.geometry.start(freed.first), end);
             }
-            self.refcounts.release(io, freed.first, freed.count).await?;
+            if let Err(error) = self.give_back(io, freed).await {
+                // Everything is durable, which is what the flush was about.
+                tracing::warn!(%error, "freed clusters stay allocated: a check will find them");
+            }
         }
+    }
+
+    async fn give_back(&self, io: &Io, freed: Freed) -> Result<()> {
+        if freed.punch == Punch::Yes {
+            self.punch(io, freed).await?;
+        }
+        self.refcounts.release(io, freed.first, freed.count).await
     }
 
     /// Punches the clusters that have one reference, the one about to go. What a snapshot still

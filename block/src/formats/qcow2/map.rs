@@ -92,8 +92,11 @@ impl Qcow2 {
             Some(Some(entry)) => {
                 let offset = entry.table + self.geometry.slice_offset(cluster);
                 match self.slices.get(offset) {
-                    Some(slice) => Cached::Slice(slice),
-                    None => Cached::Unknown,
+                    // Still the table, now that its slice can be told when it is not any more.
+                    Some(slice) if self.cached_l1(cluster)? == Some(Some(entry)) => {
+                        Cached::Slice(slice)
+                    }
+                    _ => Cached::Unknown,
                 }
             }
         })
@@ -250,6 +253,9 @@ impl Qcow2 {
 
     /// Whether everything that the mapping of a range relies on is on the disk.
     pub(super) fn is_mapping_durable(&self, range: GuestRange) -> bool {
+        if !self.pending.is_synced() {
+            return false;
+        }
         let (first, end) = self.geometry.touched(range);
         let mut cluster = first;
         while cluster < end {

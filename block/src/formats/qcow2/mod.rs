@@ -13,6 +13,7 @@ mod change;
 pub mod check;
 mod claims;
 mod compressed;
+mod counts;
 pub mod create;
 mod flush;
 pub mod header;
@@ -114,6 +115,10 @@ impl Qcow2 {
             file,
             header.refcount_table_offset,
             table,
+            (
+                header.l1_table_offset >> header.cluster_bits,
+                (u64::from(header.l1_size) * 8).div_ceil(geometry.cluster_size()),
+            ),
             io.file_len(file)?,
         );
         Ok(Self {

@@ -48,10 +48,10 @@ struct Block {
     dirty: Option<(usize, usize)>,
 }
 
-/// A reference count table that moves to a larger place at the next flush.
-struct Move {
-    old_offset: u64,
-    old_clusters: u64,
+/// A place that the reference count table moved away from. The header may still name it.
+struct OldTable {
+    offset: u64,
+    clusters: u64,
 }
 
 struct State {
@@ -60,9 +60,12 @@ struct State {
     table_clusters: u64,
     /// Entries of the table that changed.
     table_dirty: Option<(usize, usize)>,
-    moved: Option<Move>,
+    /// Where it was, oldest first, as long as the header may name these places.
+    moved: Vec<OldTable>,
+    /// The active L1 table: first cluster, and how many.
+    l1: (u64, u64),
     blocks: BTreeMap<u64, Block>,
-    /// Where the search for free clusters goes on.
+    /// Where the search for free clusters goes on: all clusters before are in use.
     cursor: u64,
     /// Clusters from here on were never written: the file reads as zeroes there.
     virgin: u64,
@@ -95,8 +98,17 @@ pub(super) struct DirtyCounts {
     pub(super) blocks: Vec<(u64, Vec<u8>)>,
     /// Offset and bytes of the changed part of the table; it names new blocks.
     pub(super) table: Option<(u64, Vec<u8>)>,
-    /// The table's new place: offset and clusters, for the header.
-    pub(super) moved: Option<(u64, u32)>,
+    /// The table's new place, for the header.
+    pub(super) moved: Option<MovedTable>,
+}
+
+/// The reference count table has a new place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MovedTable {
+    pub(super) offset: u64,
+    pub(super) clusters: u32,
+    /// Old places that nothing names once the header names the new one.
+    pub(super) left: usize,
 }
 
 impl Refcounts {
@@ -106,6 +118,7 @@ impl Refcounts {
         file: FileId,
         table_offset: u64,
         table: Vec<u64>,
+        l1: (u64, u64),
         file_len: u64,
     ) -> Self {
         let table_clusters = (table.len() as u64 * 8).div_ceil(geometry.cluster_size());
@@ -118,7 +131,8 @@ impl Refcounts {
                 table_offset,
                 table_clusters,
                 table_dirty: None,
-                moved: None,
+                moved: Vec::new(),
+                l1,
                 blocks: BTreeMap::new(),
                 cursor: 0,
                 virgin: file_len.div_ceil(geometry.cluster_size()),
@@ -260,22 +274,49 @@ impl Refcounts {
         self.add_block(state, number)
     }
 
+    /// A new block in the first cluster of its region.
     fn add_block(&self, state: &mut State, number: u64) -> Result<(), Stop> {
+        self.add_regions(state, number, 1, 0)
+    }
+
+    /// Takes regions that have no block yet: their blocks live together at the start of the first
+    /// one, and `more` clusters after them are in use too.
+    fn add_regions(
+        &self,
+        state: &mut State,
+        number: u64,
+        blocks: u64,
+        more: u64,
+    ) -> Result<(), Stop> {
         let own = number * self.block_len();
-        let offset = own << self.geometry.cluster_bits;
         let size = self.geometry.cluster_size() as usize;
-        state.blocks.insert(
-            number,
-            Block {
-                bytes: vec![0; size],
-                // A block that was never written is written whole.
-                dirty: Some((0, size)),
-            },
-        );
-        self.set_count(state, own, 1)?;
-        state.virgin = state.virgin.max(own + 1);
-        self.set_table(state, number as usize, offset);
+        for index in 0..blocks {
+            state.blocks.insert(
+                number + index,
+                Block {
+                    bytes: vec![0; size],
+                    // A block that was never written is written whole.
+                    dirty: Some((0, size)),
+                },
+            );
+            let offset = (own + index) << self.geometry.cluster_bits;
+            self.set_table(state, (number + index) as usize, offset);
+        }
+        let end = own + blocks + more;
+        for cluster in own..end {
+            self.set_count(state, cluster, 1)?;
+        }
+        state.virgin = state.virgin.max(end);
         Ok(())
+    }
+
+    /// How many blocks count themselves and `more` clusters behind them.
+    fn blocks_for(&self, more: u64) -> u64 {
+        let mut blocks = 1;
+        while blocks * self.block_len() < blocks + more {
+            blocks = (blocks + more).div_ceil(self.block_len());
+        }
+        blocks
     }
 
     fn set_table(&self, state: &mut State, index: usize, entry: u64) {
@@ -286,58 +327,64 @@ impl Refcounts {
         });
     }
 
-    /// Gives the table a larger place at the end of the counted clusters.
+    /// Gives the table a larger place, in the region of the entry `index` that it gets: there the
+    /// blocks that count this place come first, then the table.
     fn grow_table(&self, state: &mut State, index: usize) -> Result<(), Stop> {
         let per_cluster = self.geometry.cluster_size() / 8;
-        let wanted = (index as u64 + 1).max(state.table.len() as u64 * 3 / 2);
-        let clusters = wanted.div_ceil(per_cluster);
-        if clusters * self.geometry.cluster_size() > super::header::MAX_REFCOUNT_TABLE_SIZE {
-            return Err(Error::with_message(
-                ErrorKind::NoSpace,
-                "the refcount table has its largest size; a larger cluster size is needed",
-            )
-            .into());
-        }
-        if state.moved.is_some() {
-            return Err(Error::with_message(
-                ErrorKind::NoSpace,
-                "the refcount table would move twice before a flush",
-            )
-            .into());
-        }
-        let old = Move {
-            old_offset: state.table_offset,
-            old_clusters: state.table_clusters,
-        };
-        state.table.resize((clusters * per_cluster) as usize, 0);
-        // The new region begins with its own block; the table follows. A table longer than a
-        // region is counted by the blocks of the next regions, behind their own blocks.
-        let first_region = index as u64;
-        let mut first = first_region * self.block_len() + 1;
-        self.add_block(state, first_region)?;
-        let mut run = 0;
-        let mut cluster = first;
-        while run < clusters {
-            if cluster.is_multiple_of(self.block_len()) {
-                // The run would cross a block's own cluster: start behind it.
-                self.add_block(state, cluster / self.block_len())?;
-                cluster += 1;
-                first = cluster;
-                run = 0;
-                continue;
+        let first = index as u64;
+        let mut blocks = 1;
+        let clusters = loop {
+            let wanted = (first + blocks).max(state.table.len() as u64 * 3 / 2);
+            let clusters = wanted.div_ceil(per_cluster);
+            if clusters * self.geometry.cluster_size() > super::header::MAX_REFCOUNT_TABLE_SIZE {
+                return Err(Error::with_message(
+                    ErrorKind::NoSpace,
+                    "the refcount table has its largest size; a larger cluster size is needed",
+                )
+                .into());
             }
-            cluster += 1;
-            run += 1;
-        }
-        for cluster in first..first + clusters {
-            self.set_count(state, cluster, 1)?;
-        }
-        state.virgin = state.virgin.max(first + clusters);
-        state.table_offset = first << self.geometry.cluster_bits;
+            let needed = self.blocks_for(clusters);
+            if needed == blocks {
+                break clusters;
+            }
+            blocks = needed;
+        };
+        state.moved.push(OldTable {
+            offset: state.table_offset,
+            clusters: state.table_clusters,
+        });
+        state.table.resize((clusters * per_cluster) as usize, 0);
+        self.add_regions(state, first, blocks, clusters)?;
+        state.table_offset = (first * self.block_len() + blocks) << self.geometry.cluster_bits;
         state.table_clusters = clusters;
         state.table_dirty = Some((0, state.table.len()));
-        state.moved = Some(old);
         Ok(())
+    }
+
+    /// Takes a run that is longer than one block can count: behind everything, after its blocks.
+    fn allocate_regions(&self, state: &mut State, wanted: u64) -> Result<Run, Stop> {
+        let blocks = self.blocks_for(wanted);
+        loop {
+            // Behind the last region that has a block.
+            let counted = state
+                .table
+                .iter()
+                .rposition(|entry| entry & BLOCK_OFFSET_MASK != 0)
+                .map_or(0, |last| last as u64 + 1);
+            let number = counted.max(state.virgin.div_ceil(self.block_len()));
+            let last = number + blocks - 1;
+            let index = usize::try_from(last).map_err(|_| Error::new(ErrorKind::NoSpace))?;
+            if index >= state.table.len() {
+                self.grow_table(state, index)?;
+                continue;
+            }
+            self.add_regions(state, number, blocks, wanted)?;
+            return Ok(Run {
+                first: number * self.block_len() + blocks,
+                count: wanted,
+                virgin: true,
+            });
+        }
     }
 
     /// Allocates up to `wanted` contiguous clusters: the first free run found, which may be
@@ -348,7 +395,16 @@ impl Refcounts {
     }
 
     fn try_allocate(&self, state: &mut State, wanted: u64, exact: bool) -> Result<Run, Stop> {
-        let mut cluster = state.cursor;
+        if exact && wanted >= self.block_len() {
+            return self.allocate_regions(state, wanted);
+        }
+        // A run is asked for as a whole by tables alone: it goes where everything is free.
+        let scattered = !exact || wanted == 1;
+        let mut cluster = if scattered {
+            state.cursor
+        } else {
+            state.cursor.max(state.virgin)
+        };
         let mut first = cluster;
         let mut count = 0;
         while count < wanted {
@@ -364,6 +420,7 @@ impl Refcounts {
             }
             // Making a block may have taken this very cluster.
             if self.count(state, cluster)? == 0 {
+                self.check_free(state, cluster)?;
                 if count == 0 {
                     first = cluster;
                 }
@@ -372,13 +429,17 @@ impl Refcounts {
                 break;
             } else {
                 count = 0;
+                if scattered {
+                    // The search may have to stop for a block: it does not begin again then.
+                    state.cursor = cluster + 1;
+                }
             }
             cluster += 1;
         }
         for cluster in first..first + count {
             self.set_count(state, cluster, 1)?;
         }
-        if count == wanted || !exact {
+        if scattered {
             state.cursor = state.cursor.max(first + count);
         }
         let virgin = first >= state.virgin;
@@ -388,6 +449,30 @@ impl Refcounts {
             count,
             virgin,
         })
+    }
+
+    /// Refuses a cluster that is counted as free but holds what the image cannot do without: guest
+    /// data would become the header, and a header names files.
+    fn check_free(&self, state: &State, cluster: u64) -> Result<()> {
+        let table = state.table_offset >> self.geometry.cluster_bits;
+        let holds = |(first, count): (u64, u64)| (first..first + count).contains(&cluster);
+        let what = if cluster == 0 {
+            "header"
+        } else if holds((table, state.table_clusters)) {
+            "refcount table"
+        } else if holds(state.l1) {
+            "L1 table"
+        } else {
+            return Ok(());
+        };
+        Err(Error::corrupt(format!(
+            "refcount of host cluster {cluster}: 0, expected at least 1 for the {what}"
+        )))
+    }
+
+    /// The active L1 table has a new place.
+    pub(super) fn l1_moved(&self, first: u64, clusters: u64) {
+        lock(&self.state).l1 = (first, clusters);
     }
 
     /// Takes one reference from each of `count` clusters. Nothing names them any more.
@@ -404,6 +489,10 @@ impl Refcounts {
                 self.set_count(state, cluster, value)?;
                 if value == 0 {
                     state.cursor = state.cursor.min(cluster);
+                    if state.packing >> self.geometry.cluster_bits == cluster {
+                        // Whoever takes the cluster next has it alone.
+                        state.packing = 0;
+                    }
                 }
                 Ok(())
             })
@@ -502,20 +591,22 @@ impl Refcounts {
         DirtyCounts {
             blocks: dirty,
             table: changed,
-            moved: state
-                .moved
-                .as_ref()
-                .map(|_| (state.table_offset, state.table_clusters as u32)),
+            moved: (!state.moved.is_empty()).then(|| MovedTable {
+                offset: state.table_offset,
+                clusters: state.table_clusters as u32,
+                left: state.moved.len(),
+            }),
         }
     }
 
-    /// The header names the table's new place, durably: returns the clusters of the old one.
-    pub(super) fn move_done(&self) -> Option<(u64, u64)> {
-        let old = lock(&self.state).moved.take()?;
-        Some((
-            old.old_offset >> self.geometry.cluster_bits,
-            old.old_clusters,
-        ))
+    /// The header names the place that [`take_dirty`](Self::take_dirty) gave, durably: returns the
+    /// clusters of the places left, first and count.
+    pub(super) fn move_done(&self, moved: MovedTable) -> Vec<(u64, u64)> {
+        lock(&self.state)
+            .moved
+            .drain(..moved.left)
+            .map(|old| (old.offset >> self.geometry.cluster_bits, old.clusters))
+            .collect()
     }
 
     /// Writing failed: everything in memory is dirty again.

@@ -2,7 +2,6 @@
 //!
 //! What a snapshot does to an open image (create, apply, delete) is in [`ops`].
 
-mod counts;
 pub mod ops;
 
 use super::header::{Header, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS, be16, be32, be64};

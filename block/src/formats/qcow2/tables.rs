@@ -124,12 +124,18 @@ impl Qcow2 {
     /// The slice with a cluster's L2 entry; `None` when there is no L2 table. Remembered in the
     /// queue's own cache.
     pub(super) async fn l2_slice(&self, io: &Io, cluster: u64) -> Result<Option<Arc<TableSlice>>> {
-        let Some(entry) = self.l1_entry(io, cluster).await? else {
-            return Ok(None);
-        };
-        let slice = self.load_slice(io, entry.table, cluster).await?;
-        io.cache.borrow_mut().put(self.map_key(cluster), &slice);
-        Ok(Some(slice))
+        let mut entry = self.l1_entry(io, cluster).await?;
+        while let Some(found) = entry {
+            let slice = self.load_slice(io, found.table, cluster).await?;
+            // A writer may have taken a copy of a shared table meanwhile: this one is not ours any
+            // more, and nobody would tell.
+            entry = self.l1_entry(io, cluster).await?;
+            if entry == Some(found) {
+                io.cache.borrow_mut().put(self.map_key(cluster), &slice);
+                return Ok(Some(slice));
+            }
+        }
+        Ok(None)
     }
 
     async fn load_slice(&self, io: &Io, table: u64, cluster: u64) -> Result<Arc<TableSlice>> {
@@ -197,19 +203,15 @@ impl Qcow2 {
             table,
             copied: true,
         };
-        let first_change = slice.change().set(in_l1_slice(index), table | COPIED);
+        let change = slice.change();
+        self.set_entry(&slice, &change, in_l1_slice(index), table | COPIED);
         self.pending.l1_changed();
-        if first_change {
-            self.pending.add_dirty(&slice);
-        }
+        drop(change);
         if let Some(old) = before {
             let size = self.geometry.cluster_size();
             self.slices.retire(old.table, old.table + size);
-            self.pending.free_clusters(
-                old.table >> self.geometry.cluster_bits,
-                1,
-                super::flush::Punch::No,
-            );
+            self.pending
+                .free_table(old.table >> self.geometry.cluster_bits);
         }
         Ok(entry)
     }

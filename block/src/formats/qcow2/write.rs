@@ -165,21 +165,16 @@ impl Qcow2 {
     /// Makes a written allocation visible.
     fn link(&self, allocation: &Allocation<'_>) -> Result<()> {
         let change = allocation.slice.change();
-        let mut became_dirty = false;
         for index in 0..allocation.count {
             let cluster = allocation.cluster + index;
             let place = self.geometry.in_slice(cluster);
             let before = decode(change.get(place), cluster, &self.geometry)?;
             let host = self.geometry.start(allocation.target.first() + index);
-            became_dirty |= change.set(place, data_entry(host));
+            self.set_entry(&allocation.slice, &change, place, data_entry(host));
             let kept = matches!(allocation.target, Target::Kept { .. });
             if !kept {
                 self.unlink(before, Punch::No);
             }
-        }
-        drop(change);
-        if became_dirty {
-            self.pending.add_dirty(&allocation.slice);
         }
         Ok(())
     }
@@ -246,11 +241,7 @@ impl Qcow2 {
         let place = self.geometry.in_slice(cluster);
         let change = slice.change();
         let before = decode(change.get(place), cluster, &self.geometry)?;
-        let became_dirty = change.set(place, entry);
-        drop(change);
-        if became_dirty {
-            self.pending.add_dirty(&slice);
-        }
+        self.set_entry(&slice, &change, place, entry);
         self.unlink(before, Punch::No);
         Ok(true)
     }

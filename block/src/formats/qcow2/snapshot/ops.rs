@@ -2,17 +2,18 @@
 //!
 //! Nobody else uses the image meanwhile: the disk is drained and flushed, and whoever keeps tables in
 //! memory forgets them afterwards. Everything is read from the file and written to it here; reference
-//! counts alone go through [`Refcounts`], which an opened image shares with its data path.
+//! counts alone go through `Refcounts`, which an opened image shares with its data path.
 //!
 //! The order on the disk: COPIED flags are cleared before reference counts go up, which go up before
 //! anything new is named; what is not named any more loses its references afterwards, and flags are
 //! set again last. Between the first and the last step a version 3 image is marked dirty, so that an
 //! open for writing repairs flags that say too little and counts that say too much.
 
-use super::{Snapshot, SnapshotTable, counts::write_refcounts};
+use super::{Snapshot, SnapshotTable};
 use crate::{
     Error, FileId, Result,
     formats::qcow2::{
+        counts::write_counts,
         header::{Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
         l2::{COPIED, Entry, Geometry, OFFSET_MASK, decode},
         read_refcount_table,
@@ -89,6 +90,10 @@ async fn open(io: &Io, file: FileId) -> Result<(Header, Refcounts)> {
         file,
         header.refcount_table_offset,
         read_refcount_table(io, file, &header).await?,
+        (
+            header.l1_table_offset >> header.cluster_bits,
+            (u64::from(header.l1_size) * 8).div_ceil(header.cluster_size()),
+        ),
         io.file_len(file)?,
     );
     Ok((header, counts))
@@ -540,7 +545,7 @@ impl<'a> Editor<'a> {
 
     /// Writes changed reference counts and what they count, durably.
     async fn write_counts(&mut self) -> Result<()> {
-        write_refcounts(self.io, self.file, self.counts, self.header).await?;
+        write_counts(self.io, self.file, self.counts, self.header).await?;
         self.io.sync(self.file).await
     }
 

@@ -1,0 +1,59 @@
+//! The format code on the simulation: random requests, faults and power cuts against a model.
+//!
+//! `PLATTER_SIM_SEEDS=N` runs N seeds of each mode; `PLATTER_SIM_SEED=S PLATTER_SIM_MODE=Exact`
+//! replays one. A failing seed prints how.
+
+#![allow(clippy::unwrap_used)] // A test ends where something unexpected happens.
+
+mod model;
+mod run;
+mod setup;
+
+use std::env;
+
+use setup::Mode;
+
+/// Seeds of each mode.
+const SEEDS: u64 = 700;
+
+/// Every so many seeds, QEMU judges too.
+const JUDGED: u64 = 40;
+
+fn seeds(mode: Mode) {
+    let variable = |name| env::var(name).ok().and_then(|text| text.parse().ok());
+    if let Some(seed) = variable("PLATTER_SIM_SEED") {
+        if env::var("PLATTER_SIM_MODE").is_ok_and(|name| name == format!("{mode:?}")) {
+            run::run(seed, mode, true);
+        }
+        return;
+    }
+    let start: u64 = variable("PLATTER_SIM_START").unwrap_or(0);
+    for seed in start..start + variable("PLATTER_SIM_SEEDS").unwrap_or(SEEDS) {
+        run::run(seed, mode, seed % JUDGED == 0);
+    }
+}
+
+#[test]
+fn exact() {
+    seeds(Mode::Exact);
+}
+
+#[test]
+fn overlap() {
+    seeds(Mode::Overlap);
+}
+
+#[test]
+fn faults() {
+    seeds(Mode::Faults);
+}
+
+#[test]
+fn a_seed_replays_exactly() {
+    for seed in 0..12 {
+        for mode in [Mode::Exact, Mode::Overlap, Mode::Faults] {
+            let first = run::run(seed, mode, false);
+            assert_eq!(first, run::run(seed, mode, false), "seed {seed} {mode:?}");
+        }
+    }
+}
