@@ -476,6 +476,11 @@ impl Driver {
         }
     }
 
+    /// Whether somebody may sleep on the notifier, outside of [`wait`](Self::wait).
+    pub(crate) fn is_notifying(&self) -> bool {
+        self.notifying.get()
+    }
+
     /// Whether [`wait`](Self::wait) can hand what is held back to the host and sleep with one system
     /// call, without a [`turn`](Self::turn) before.
     pub(crate) fn can_submit_and_wait(&self) -> bool {
