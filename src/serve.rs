@@ -50,7 +50,8 @@ only if the format was named, and only inside the image's own folder.
 SIGTERM and SIGINT stop the server in order: requests in flight end, caches are written, and a guest
 that reconnects to the next server continues. SIGKILL is a power cut for formats that keep tables
 in memory (qcow2), as far as the guest has not flushed; with --restartable every request completes
-only when the tables that it needs are in the file, so that a killed server loses nothing.")]
+only when the tables that it needs are in the file, so that a killed server loses nothing; its successor
+waits up to 30 seconds for the lock that the killed one may still hold.")]
 struct VhostUserBlkArgs {
     /// The socket to listen on
     #[arg(long, value_name = "PATH")]

@@ -350,7 +350,12 @@ impl DiskFile for Disk {
                 serve::check(served, &op).map_err(Error::new)?;
                 let mutation = Some(Mutation::Write(range));
                 served.hooks.begin(mutation);
-                let result = served.image.write_compressed(io, range, data).await;
+                let result = match served.image.write_compressed(io, range, data).await {
+                    Ok(true) => serve::settle(served, io, served.policy.write_through)
+                        .await
+                        .map(|()| true),
+                    other => other,
+                };
                 let outcome = result.as_ref().map(drop).map_err(Error::kind);
                 served.hooks.end(mutation, outcome);
                 result

@@ -138,7 +138,7 @@ pub(crate) async fn flush(served: &Served, io: &Io) -> Result<()> {
 }
 
 /// What follows a change of the map before its request completes.
-async fn settle(served: &Served, io: &Io, durable: bool) -> Result<()> {
+pub(crate) async fn settle(served: &Served, io: &Io, durable: bool) -> Result<()> {
     if durable {
         flush(served, io).await
     } else if served.policy.restartable {

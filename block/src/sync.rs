@@ -31,7 +31,17 @@ impl Notify {
             if let Some(value) = condition() {
                 return Poll::Ready(value);
             }
-            lock(&self.waiters).push(context.waker().clone());
+            {
+                let mut waiters = lock(&self.waiters);
+                // A task that waits for several things here, or was polled for another reason, is
+                // listed once.
+                if !waiters
+                    .iter()
+                    .any(|waiter| waiter.will_wake(context.waker()))
+                {
+                    waiters.push(context.waker().clone());
+                }
+            }
             // What changed between the first look and the registration is seen here.
             match condition() {
                 Some(value) => Poll::Ready(value),

@@ -1,6 +1,6 @@
 //! Opening the images that the command line names.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Error, ErrorKind, FileGate, Format,
@@ -21,6 +21,10 @@ use crate::{
         persona::Persona,
     },
 };
+
+/// How long a restarted server waits for the lock of a killed predecessor, which the kernel takes back
+/// only when the last of its memory and descriptors is gone.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(30);
 
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
@@ -121,6 +125,11 @@ pub(crate) fn open_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .lock_wait(if how.restartable {
+            PREDECESSOR_WAIT
+        } else {
+            Duration::ZERO
+        })
         .discard(how.discard.unwrap_or(DiscardPolicy::Unmap));
     if persona.is_qemu() {
         open = open.gate(FileGate::Everything).allow_probed_backing(true);

@@ -113,6 +113,8 @@ impl WakeQueue {
 
 struct TaskWaker {
     key: Key,
+    /// The task is listed and was not polled since: however many wake it, it is polled once.
+    listed: AtomicBool,
     queue: Arc<WakeQueue>,
 }
 
@@ -122,6 +124,9 @@ impl Wake for TaskWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
+        if self.listed.swap(true, Ordering::AcqRel) {
+            return;
+        }
         lock(&self.queue.list).push(self.key);
         self.queue.signal();
     }
@@ -146,7 +151,7 @@ impl Wake for RootWaker {
 struct Task {
     /// `None` while it is being polled.
     future: Option<LocalFuture<'static, ()>>,
-    waker: Waker,
+    waker: Arc<TaskWaker>,
 }
 
 /// Everything that one thread drives with one engine.
@@ -432,27 +437,29 @@ impl Driver {
 
     /// Starts a task and runs it as far as it gets.
     pub(crate) fn spawn(&self, future: LocalFuture<'static, ()>) {
-        let key = self.tasks.borrow_mut().insert(Task {
+        let mut tasks = self.tasks.borrow_mut();
+        let key = tasks.insert_with(|key| Task {
             future: Some(future),
-            waker: Waker::noop().clone(),
+            waker: Arc::new(TaskWaker {
+                key,
+                listed: AtomicBool::new(false),
+                queue: Arc::clone(&self.wakes),
+            }),
         });
-        let waker = Waker::from(Arc::new(TaskWaker {
-            key,
-            queue: Arc::clone(&self.wakes),
-        }));
-        if let Some(task) = self.tasks.borrow_mut().get_mut(key) {
-            task.waker = waker;
-        }
+        drop(tasks);
         self.poll_task(key);
     }
 
     fn poll_task(&self, key: Key) {
         let Some((mut future, waker)) = self.tasks.borrow_mut().get_mut(key).and_then(|task| {
+            // From here on a wake-up means one more poll.
+            task.waker.listed.swap(false, Ordering::AcqRel);
             let future = task.future.take()?;
-            Some((future, task.waker.clone()))
+            Some((future, Arc::clone(&task.waker)))
         }) else {
             return;
         };
+        let waker = Waker::from(waker);
         let ready = future
             .as_mut()
             .poll(&mut Context::from_waker(&waker))

@@ -52,23 +52,30 @@ impl<T> Default for Slab<T> {
 impl<T> Slab<T> {
     /// Puts a value into a free place.
     pub(crate) fn insert(&mut self, value: T) -> Key {
+        self.insert_with(|_| value)
+    }
+
+    /// Puts a value that knows its key into a free place.
+    pub(crate) fn insert_with(&mut self, make: impl FnOnce(Key) -> T) -> Key {
         if let Some(index) = self.free.pop() {
             let place = &mut self.places[index as usize];
-            place.value = Some(value);
-            return Key {
+            let key = Key {
                 index,
                 generation: place.generation,
             };
+            place.value = Some(make(key));
+            return key;
         }
         let index = u32::try_from(self.places.len()).expect("fewer than 2^32 places are in use");
-        self.places.push(Place {
-            generation: 0,
-            value: Some(value),
-        });
-        Key {
+        let key = Key {
             index,
             generation: 0,
-        }
+        };
+        self.places.push(Place {
+            generation: 0,
+            value: Some(make(key)),
+        });
+        key
     }
 
     /// The value of this tenancy.

@@ -43,6 +43,9 @@ pub(crate) struct Run {
     /// Errors of the host may have left clusters that nothing names.
     may_leak: bool,
     judged_by_qemu: bool,
+    traced: bool,
+    /// A sync may have failed: what the page cache shows is not what the disk will ever get.
+    lost: bool,
 }
 
 pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
@@ -66,7 +69,10 @@ pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
         next_request: 0,
         may_leak: false,
         judged_by_qemu,
+        traced: std::env::var_os("PLATTER_SIM_TRACE").is_some(),
+        lost: false,
     };
+    run.tell(|| format!("{:#?}", run.setup));
     for life in 0..run.setup.lives {
         run.open();
         run.live();
@@ -110,6 +116,13 @@ fn cut_points(setup: &Setup, rng: &mut Rng) -> Vec<u64> {
 }
 
 impl Run {
+    /// Tells the story of a run, for `PLATTER_SIM_TRACE=1`.
+    fn tell(&self, what: impl FnOnce() -> String) {
+        if self.traced {
+            eprintln!("{:>9.3?} {}", self.host.now(), what());
+        }
+    }
+
     fn fail(&self, what: &str) -> ! {
         panic!(
             "seed {} ({:?}): {what}\nreplay: PLATTER_SIM_SEED={} PLATTER_SIM_MODE={:?}\n{:#?}",
@@ -258,6 +271,18 @@ impl Run {
                 (op, pending)
             }
         };
+        self.tell(|| {
+            let id = match &pending {
+                Pending::Change { id, .. } => *id,
+                _ => 0,
+            };
+            let what = match &op {
+                RequestOp::Read { .. } => "read".into(),
+                RequestOp::Write { fua, .. } => format!("write {id}, fua {fua}"),
+                other => format!("{other:?}"),
+            };
+            format!("request {}: {start}..{end}: {what}", self.next_request)
+        });
         self.pending.insert(self.next_request, pending);
         self.next_request += 1;
         Some(op)
@@ -288,8 +313,10 @@ impl Run {
             self.fail("a request completed twice");
         };
         let succeeded = completion.result.is_ok();
+        self.tell(|| format!("completed {}: {:?}", completion.id, completion.result));
         if let Err(kind) = completion.result {
             self.may_leak = true;
+            self.lost |= matches!(kind, ErrorKind::Io(_) | ErrorKind::SyncFailed);
             let expected = self.setup.mode == Mode::Faults
                 && matches!(
                     kind,
@@ -355,7 +382,9 @@ impl Run {
             3 => self.read_all(),
             4 => {
                 let flush = self.model.flush();
-                match self.disk().flush() {
+                let flushed = self.disk().flush();
+                self.tell(|| format!("flush: {flushed:?}"));
+                match flushed {
                     Ok(()) => self.model.flushed(flush),
                     Err(error) => self.tolerate(&error, "flush"),
                 }
@@ -372,6 +401,7 @@ impl Run {
 
     fn tolerate(&mut self, error: &block::Error, what: &str) {
         self.may_leak = true;
+        self.lost |= matches!(error.kind(), ErrorKind::Io(_) | ErrorKind::SyncFailed);
         if self.setup.mode != Mode::Faults {
             self.fail(&format!("{what}: {error}"));
         }
@@ -386,13 +416,19 @@ impl Run {
             .filter(|point| point.is_multiple_of(512) && *point > 0)
             .collect();
         let size = self.rng.pick(&sizes);
-        match self.disk().resize(size) {
+        let resized = self.disk().resize(size);
+        self.tell(|| format!("resize to {size}: {resized:?}"));
+        match resized {
             Ok(()) => self.model.resize(size),
             Err(error) if error.kind() == ErrorKind::Unsupported => {}
             Err(error) => {
                 self.tolerate(&error, "resize");
-                // It may have happened in part: what is there is known after a cut alone.
-                self.resize_failed(size);
+                if self.setup.format == Format::Raw {
+                    // It did happen, and the sync failed.
+                    self.model.resize(self.disk().size());
+                } else {
+                    self.resize_failed(size);
+                }
             }
         }
         if self.disk().size() != self.model.size() {
@@ -400,7 +436,7 @@ impl Run {
         }
     }
 
-    /// The clusters beyond a smaller size may be gone.
+    /// It may have happened in part: the clusters beyond a smaller size may be gone.
     fn resize_failed(&mut self, size: u64) {
         let end = self.model.size();
         if size < end {
@@ -432,6 +468,7 @@ impl Run {
             self.model.begin(id, start, end);
             let bytes = model::bytes(id, start, end - start);
             let result = self.disk().write_compressed(&bytes, start);
+            self.tell(|| format!("write {id} compressed at {start}..{end}: {result:?}"));
             self.model.end(id, start, end, result.is_ok());
             if let Err(error) = result {
                 self.tolerate(&error, "write compressed");
@@ -490,10 +527,13 @@ impl Run {
         self.queues.clear();
         let disk = self.disk.take().unwrap();
         let flush = self.model.flush();
-        match disk.close() {
+        let closed = disk.close();
+        self.tell(|| format!("close: {closed:?}"));
+        match closed {
             Ok(()) => {
                 self.model.flushed(flush);
                 drop(disk);
+                self.setup.end_trouble(&self.host);
                 self.check_metadata("closed", !self.may_leak);
             }
             Err(error) => {
@@ -512,14 +552,16 @@ impl Run {
     }
 
     fn reboot(&mut self, power: bool) {
-        let (next, kind) = match (power, self.setup.restartable) {
+        let (next, kind) = match (power || self.lost, self.setup.restartable) {
             (true, _) => (self.host.power_cut(), Cut::Power),
             (false, false) => (self.host.kill(), Cut::Kill),
             (false, true) => (self.host.kill(), Cut::KillAfterCompletion),
         };
         self.may_leak = true;
+        self.tell(|| format!("cut: {kind:?}"));
         self.bury();
         self.host = next;
+        self.lost = false;
         self.setup.end_trouble(&self.host);
         self.check_metadata("after a cut", false);
         let disk = match self

@@ -253,18 +253,23 @@ impl Qcow2 {
         let (old_offset, old_bytes) = (self.l1.offset(), self.l1.entries() * 8);
         header.l1_table_offset = self.copy_l1(io, entries, size).await?;
         header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);
-        header.write(io, self.file).await?;
-        io.sync(self.file).await?;
+        let new_clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
+        let new_first = header.l1_table_offset >> self.geometry.cluster_bits;
+        if let Err(error) = header.write(io, self.file).await {
+            // The new place is free again once the header is sure to name the old one.
+            let old = lock(&self.header).clone();
+            if old.write(io, self.file).await.is_ok() {
+                self.refcounts.release(io, new_first, new_clusters).await?;
+            }
+            return Err(error);
+        }
         self.slices
             .retire(old_offset, old_offset + old_bytes.max(1));
         self.l1.set(header.l1_table_offset, header.l1_size);
         *lock(&self.header) = header.clone();
         let clusters = old_bytes.div_ceil(self.geometry.cluster_size());
         let first = old_offset >> self.geometry.cluster_bits;
-        self.refcounts.l1_moved(
-            header.l1_table_offset >> self.geometry.cluster_bits,
-            (entries * 8).div_ceil(self.geometry.cluster_size()),
-        );
+        self.refcounts.l1_moved(new_first, new_clusters);
         self.refcounts.release(io, first, clusters).await
     }
 
