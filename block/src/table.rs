@@ -236,8 +236,9 @@ impl MapCache {
     }
 
     /// Remembers a slice, forgetting another that had its place.
-    pub(crate) fn put(&mut self, key: MapKey, slice: &Arc<TableSlice>) {
-        self.places[Self::place(key)] = Some((key, Arc::clone(slice)));
+    pub(crate) fn put(&mut self, key: MapKey, slice: &Arc<TableSlice>) -> &Arc<TableSlice> {
+        let (_, slice) = self.places[Self::place(key)].insert((key, Arc::clone(slice)));
+        slice
     }
 }
 

@@ -33,8 +33,9 @@ impl Qcow2 {
         while range.len > 0 && !out.is_full() {
             let cluster = self.geometry.cluster(range.start);
             let key = self.map_key(cluster);
-            if cache.get(key).is_none() {
-                match self.cached_slice(cluster)? {
+            let slice = match cache.get(key) {
+                Some(slice) => slice,
+                None => match self.cached_slice(cluster)? {
                     Cached::Slice(slice) => cache.put(key, &slice),
                     Cached::NoTable if intent == Intent::Read => {
                         let run = self.until(range, self.geometry.table_end(cluster));
@@ -48,10 +49,7 @@ impl Qcow2 {
                         continue;
                     }
                     Cached::NoTable | Cached::Unknown => return Ok(()),
-                }
-            }
-            let Some(slice) = cache.get(key) else {
-                return Ok(());
+                },
             };
             let run = self.until(range, self.geometry.slice_end(cluster));
             let mapped = match intent {
