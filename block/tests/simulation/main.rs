@@ -9,12 +9,18 @@ mod model;
 mod run;
 mod setup;
 
-use std::env;
+use std::{
+    env,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use setup::Mode;
 
 /// Seeds of each mode.
 const SEEDS: u64 = 700;
+
+/// Failing seeds after which a run gives up.
+const MOST_FAILURES: usize = 20;
 
 /// Every so many seeds, QEMU judges too.
 const JUDGED: u64 = 40;
@@ -28,9 +34,15 @@ fn seeds(mode: Mode) {
         return;
     }
     let start: u64 = variable("PLATTER_SIM_START").unwrap_or(0);
+    let mut failed = Vec::new();
     for seed in start..start + variable("PLATTER_SIM_SEEDS").unwrap_or(SEEDS) {
-        run::run(seed, mode, seed % JUDGED == 0);
+        let run = || run::run(seed, mode, seed % JUDGED == 0);
+        if catch_unwind(AssertUnwindSafe(run)).is_err() {
+            failed.push(seed);
+        }
+        assert!(failed.len() < MOST_FAILURES, "{mode:?}: seeds {failed:?}");
     }
+    assert!(failed.is_empty(), "{mode:?}: seeds {failed:?}");
 }
 
 #[test]

@@ -46,6 +46,8 @@ pub(crate) struct Run {
     traced: bool,
     /// A sync may have failed: what the page cache shows is not what the disk will ever get.
     lost: bool,
+    /// The size of a resize that failed.
+    half_done: Option<u64>,
 }
 
 pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
@@ -71,6 +73,7 @@ pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
         judged_by_qemu,
         traced: std::env::var_os("PLATTER_SIM_TRACE").is_some(),
         lost: false,
+        half_done: None,
     };
     run.tell(|| format!("{:#?}", run.setup));
     for life in 0..run.setup.lives {
@@ -140,6 +143,11 @@ impl Run {
             Ok(disk) => disk,
             Err(error) => self.fail(&format!("does not open: {error}")),
         };
+        if self.half_done == Some(disk.size()) {
+            // A resize that failed had been written all the same.
+            self.model.resize(disk.size());
+        }
+        self.half_done = None;
         if disk.size() != self.model.size() {
             self.fail(&format!("opens with {} bytes", disk.size()));
         }
@@ -408,18 +416,25 @@ impl Run {
     }
 
     fn resize(&mut self) {
+        let unit = self.setup.size_unit();
         let sizes: Vec<u64> = self
             .model
             .points()
             .iter()
             .copied()
-            .filter(|point| point.is_multiple_of(512) && *point > 0)
+            .filter(|point| point.is_multiple_of(unit) && *point > 0)
             .collect();
+        if sizes.is_empty() {
+            return;
+        }
         let size = self.rng.pick(&sizes);
         let resized = self.disk().resize(size);
         self.tell(|| format!("resize to {size}: {resized:?}"));
         match resized {
-            Ok(()) => self.model.resize(size),
+            Ok(()) => {
+                self.half_done = None;
+                self.model.resize(size);
+            }
             Err(error) if error.kind() == ErrorKind::Unsupported => {}
             Err(error) => {
                 self.tolerate(&error, "resize");
@@ -427,6 +442,7 @@ impl Run {
                     // It did happen, and the sync failed.
                     self.model.resize(self.disk().size());
                 } else {
+                    self.half_done = Some(size);
                     self.resize_failed(size);
                 }
             }
@@ -609,6 +625,11 @@ impl Run {
 
     fn check_metadata(&self, when: &str, no_leaks: bool) {
         let (report, lines) = self.setup.check(&self.host);
+        if self.traced && report.corruptions > 0 {
+            let file = self.host.file(IMAGE).unwrap();
+            file.save(std::path::Path::new("/tmp/platter-corrupt.img"))
+                .unwrap();
+        }
         if report.corruptions > 0 || report.check_errors > 0 {
             self.fail(&format!("corrupt {when}: {lines:#?}"));
         }

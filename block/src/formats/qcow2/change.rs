@@ -210,8 +210,14 @@ impl Qcow2 {
         }
         self.settle(io).await?;
         header.size = size;
-        header.write(io, self.file).await?;
-        io.sync(self.file).await?;
+        if let Err(error) = header.write(io, self.file).await {
+            // It may be there all the same: a failed resize should not come true with the next open.
+            let old = lock(&self.header).clone();
+            if let Err(error) = old.write(io, self.file).await {
+                tracing::warn!(%error, "the header may have the new size");
+            }
+            return Err(error);
+        }
         self.size.store(size, Ordering::Release);
         *lock(&self.header) = header;
         Ok(())

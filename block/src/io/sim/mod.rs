@@ -371,6 +371,17 @@ impl SimFile {
         lock(&self.world).files[self.index].current.to_vec()
     }
 
+    /// What a read of a part sees now: `len` bytes, or less at the end of the file.
+    #[must_use]
+    pub fn content_at(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let got = lock(&self.world).files[self.index]
+            .current
+            .read(offset, &mut bytes);
+        bytes.truncate(got);
+        bytes
+    }
+
     /// What survives a power cut for certain, if nothing later arrives.
     #[must_use]
     pub fn durable_content(&self) -> Vec<u8> {

@@ -13,6 +13,9 @@ use super::{
 };
 use crate::io::{FallocateMode, Segment, Segments, Token, buffers, sys::Notifier};
 
+/// What a host writes at least, of a buffered write that it does not finish.
+const WRITE_UNIT: u64 = 512;
+
 /// An operation as it is in flight.
 #[derive(Debug)]
 pub(super) enum Action {
@@ -287,7 +290,7 @@ impl World {
                     }
                     return errno;
                 }
-                bytes.truncate(self.transfer_len(bytes.len() as u64, *unit) as usize);
+                bytes.truncate(self.written_len(*offset, bytes.len() as u64, *unit) as usize);
                 self.stats.bytes_written += bytes.len() as u64;
                 self.files[*file].write(*offset, &bytes, *dsync);
                 bytes.len() as i32
@@ -370,6 +373,18 @@ impl World {
         let units = len / unit;
         if units > 1 && self.rng.chance(self.config.p_short) {
             return self.rng.between(1, units - 1) * unit;
+        }
+        len
+    }
+
+    /// How much of a write happens. A host that stops half-way has written whole sectors: less than
+    /// that is never torn, not even by the death of the process.
+    fn written_len(&mut self, offset: u64, len: u64, unit: u64) -> u64 {
+        let unit = unit.max(WRITE_UNIT);
+        let first = offset / unit;
+        let stops = (offset + len.max(1) - 1) / unit - first;
+        if stops > 0 && self.rng.chance(self.config.p_short) {
+            return (first + self.rng.between(1, stops)) * unit - offset;
         }
         len
     }
