@@ -93,7 +93,8 @@ fn check(path: &Path, format: Format, direct: bool) {
         run(&mut *io, &mut spare, write, 80);
         let allocations = run(&mut *io, &mut spare, write, 80);
         assert_eq!(
-            allocations, 0,
+            allocations,
+            0,
             "{format}, direct {direct}, write {write}, {} requests",
             80 * DEPTH
         );

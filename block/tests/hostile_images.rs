@@ -87,9 +87,8 @@ fn refused(bytes: &[u8], what: &str) -> Error {
     let mut last = None;
     for read_only in [false, true] {
         let opened = named.clone().read_only(read_only).open_disk(&path);
-        let error = match opened {
-            Ok(_) => panic!("{what}: opens"),
-            Err(error) => error,
+        let Err(error) = opened else {
+            panic!("{what}: opens");
         };
         let text = error.to_string();
         assert!(text.contains("hostile.img"), "{what}: {text}");
