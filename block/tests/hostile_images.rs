@@ -166,7 +166,7 @@ fn every_header_field_is_checked() {
         (20, &[0, 0, 0, 22], "cluster_bits"),
         (20, &[0, 0, 0, 0], "cluster_bits"),
         (20, max32, "cluster_bits"),
-        (24, max64, "l1_size"),
+        (24, max64, "size"),
         (
             24,
             &[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
