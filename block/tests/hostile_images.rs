@@ -170,7 +170,7 @@ fn every_header_field_is_checked() {
         (
             24,
             &[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
-            "l1_size",
+            "size",
         ),
         (32, &[0, 0, 0, 1], "AES"),
         (32, &[0, 0, 0, 2], "crypt_method"),
