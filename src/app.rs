@@ -135,10 +135,10 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
         PlatterCommand::Bench(args) => crate::bench::run(&args, persona),
         PlatterCommand::Serve(args) => crate::serve::run(&args, persona),
         PlatterCommand::Completions { shell } => {
-            crate::docs::completions(shell);
+            crate::docs::completions(shell, &mut platter_command());
             Ok(0)
         }
-        PlatterCommand::Man(args) => crate::docs::man(&args),
+        PlatterCommand::Man(args) => crate::docs::man(&args, platter_command()),
     }
 }
 

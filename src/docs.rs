@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use crate::{
-    app, say,
+    say,
     util::failure::{Failure, Outcome},
 };
 
@@ -20,15 +20,14 @@ pub(crate) struct ManArgs {
 }
 
 /// Prints completions.
-pub(crate) fn completions(shell: Shell) {
+pub(crate) fn completions(shell: Shell, command: &mut Command) {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut app::platter_command(), "platter", &mut script);
+    clap_complete::generate(shell, command, "platter", &mut script);
     crate::util::out::print(format_args!("{}", String::from_utf8_lossy(&script)));
 }
 
 /// Writes manual pages.
-pub(crate) fn man(args: &ManArgs) -> Outcome {
-    let mut command = app::platter_command();
+pub(crate) fn man(args: &ManArgs, mut command: Command) -> Outcome {
     command.build();
     let failed =
         |path: &Path, error: &std::io::Error| Failure::new(format!("{}: {error}", path.display()));

@@ -20,7 +20,50 @@ use block::{
     offline::{OfflineOptions, with_file},
 };
 
-use crate::image::create::{Preallocation, Qcow2Create};
+/// Whether space is claimed in advance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Tables.
+    Metadata,
+    /// Tables and space.
+    Falloc,
+    /// Tables and space, written.
+    Full,
+}
+
+/// A qcow2 image to be made.
+#[derive(Clone, Debug)]
+pub(crate) struct Qcow2Create {
+    pub(crate) size: u64,
+    pub(crate) cluster_size: u64,
+    pub(crate) refcount_bits: u32,
+    /// Version 3 of the format (`compat=1.1`), not 2.
+    pub(crate) version3: bool,
+    pub(crate) lazy_refcounts: bool,
+    pub(crate) zstd: bool,
+    pub(crate) preallocation: Preallocation,
+    pub(crate) backing_file: Option<String>,
+    pub(crate) backing_format: Option<String>,
+}
+
+impl Default for Qcow2Create {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            version3: true,
+            lazy_refcounts: false,
+            zstd: false,
+            preallocation: Preallocation::Off,
+            backing_file: None,
+            backing_format: None,
+        }
+    }
+}
 
 /// Makes a qcow2 image.
 pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {

@@ -4,8 +4,8 @@ use block::{AsyncDiskFile, Format};
 
 use crate::{
     image::{
-        create::Qcow2Create,
         maintenance,
+        maintenance::Qcow2Create,
         open::{self, OpenHow},
         spec::ImageSpec,
     },

@@ -17,45 +17,10 @@ use std::{
 
 use super::{
     Engine, EngineKind,
+    file_options::{FileOptions, IoAlignment},
     fsinfo::{self, LockError},
 };
 use crate::{Error, ErrorKind, Result};
-
-/// How to open a host file.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct FileOptions {
-    /// Open for writing too.
-    pub write: bool,
-    /// Bypass the page cache (`O_DIRECT`).
-    pub direct: bool,
-    /// Create the file if it does not exist.
-    pub create: bool,
-    /// Make an existing file empty; needs `create`.
-    pub truncate: bool,
-}
-
-/// What direct I/O on a file demands, in bytes; 1 means no demand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IoAlignment {
-    /// Alignment of buffer addresses.
-    pub memory: u32,
-    /// Alignment of file offsets and lengths.
-    pub offset: u32,
-}
-
-impl IoAlignment {
-    /// No demand: buffered I/O.
-    pub const NONE: Self = Self {
-        memory: 1,
-        offset: 1,
-    };
-
-    /// Whether nothing is demanded.
-    #[must_use]
-    pub fn is_none(self) -> bool {
-        self == Self::NONE
-    }
-}
 
 /// A file that exists only in a simulation.
 pub trait SimulatedFile: Any + Send + Sync {

@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use super::file::{FileOptions, IoAlignment};
+use super::file_options::{FileOptions, IoAlignment};
 
 /// The alignment to assume where the kernel does not tell.
 const FALLBACK_ALIGNMENT: u32 = 4096;

@@ -13,6 +13,7 @@ mod engine_aio;
 mod engine_sync;
 mod engine_uring;
 mod file;
+mod file_options;
 mod fsinfo;
 mod handle;
 mod loan;
@@ -32,7 +33,8 @@ pub use engine::{Engine, EngineFile, EngineKind, FallocateMode, HostOp, Started,
 pub use engine_aio::AioEngine;
 pub use engine_sync::SyncEngine;
 pub use engine_uring::{UringEngine, UringOptions};
-pub use file::{Backend, FileOptions, Host, HostFile, IoAlignment, SimulatedFile};
+pub use file::{Backend, Host, HostFile, SimulatedFile};
+pub use file_options::{FileOptions, IoAlignment};
 pub use fsinfo::LockError;
 pub use loan::{IoBuf, IoBufMut};
 pub use os_host::OsHost;
