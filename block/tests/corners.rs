@@ -718,6 +718,73 @@ fn a_failed_sync_is_not_forgotten() {
 }
 
 #[test]
+fn a_flush_that_waited_for_a_failed_sync_fails_too() {
+    use block::io::sim::SimFault;
+    for format in [Format::Raw, Format::Qcow2] {
+        let host = host();
+        match format {
+            Format::Raw => drop(host.create(IMAGE, &vec![0; 1 << 20])),
+            _ => make(&host, &small_clusters(1 << 20, 16)),
+        }
+        let disk = OpenOptions::new()
+            .format(format)
+            .open_on(IMAGE, Arc::new(host.clone()))
+            .unwrap();
+        host.inject(SimFault {
+            path: None,
+            op: SimOp::Sync,
+            skip: 0,
+            count: 1,
+            errno: libc::EIO,
+        });
+        let mut first = disk.create_async_io(8).unwrap();
+        let mut second = disk.create_async_io(8).unwrap();
+        submit(&mut *first, 1, write_op(0, &[1; 4096], false));
+        assert!(finish(&host, &mut [&mut first])[0].1);
+        submit(&mut *first, 2, RequestOp::Flush);
+        submit(&mut *second, 3, RequestOp::Flush);
+        submit(&mut *second, 4, RequestOp::Flush);
+        for (id, succeeded, _) in finish(&host, &mut [&mut first, &mut second]) {
+            assert!(!succeeded, "{format}: flush {id} succeeded");
+        }
+    }
+}
+
+#[test]
+fn a_raw_disk_that_ends_inside_a_host_block_keeps_its_length() {
+    use block::io::IoAlignment;
+    for unit in [512u32, 4096] {
+        let mut config = SimConfig::seeded(1);
+        config.alignment = IoAlignment {
+            memory: unit,
+            offset: unit,
+        };
+        let host = SimHost::new(config);
+        let len = 20_480 + 1000;
+        host.create(IMAGE, &vec![7; len]);
+        let disk = OpenOptions::new()
+            .format(Format::Raw)
+            .direct(true)
+            .open_on(IMAGE, Arc::new(host.clone()))
+            .unwrap();
+        assert_eq!(disk.size(), 20_480 + 1024);
+        let tail = read(&disk, 20_480, 1024);
+        assert!(tail[..1000] == [7; 1000] && tail[1000..] == [0; 24]);
+        disk.write_at(&[8; 100], 20_480 + 600).unwrap();
+        assert_eq!(host.file(IMAGE).unwrap().content().len(), len);
+        disk.write_at(&[9; 24], 20_480 + 1000).unwrap();
+        assert_eq!(host.file(IMAGE).unwrap().content().len(), 20_480 + 1024);
+        let tail = read(&disk, 20_480, 1024);
+        assert!(tail[..600] == [7; 600] && tail[600..700] == [8; 100]);
+        assert!(tail[700..1000] == [7; 300] && tail[1000..] == [9; 24]);
+        disk.write_zeroes(20_480, 1024, true).unwrap();
+        disk.discard(0, 20_480 + 1024).unwrap();
+        assert!(read(&disk, 0, len).iter().all(|byte| *byte == 0));
+        disk.close().unwrap();
+    }
+}
+
+#[test]
 fn a_truncated_image_fails_and_does_not_panic() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("a.qcow2");

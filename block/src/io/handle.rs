@@ -352,6 +352,11 @@ impl Io {
         entry
             .sync
             .run(|| async {
+                // Asked again: the run that this one waited for may have failed, and the host does
+                // not fail the next one for it.
+                if entry.sync_failed.load(Ordering::Acquire) {
+                    return Err(fail(ErrorKind::SyncFailed));
+                }
                 let (result, _) = self
                     .driver
                     .operation(NewOp {
