@@ -533,6 +533,34 @@ fn a_fua_write_after_the_death_of_another_process_is_durable() {
 }
 
 #[test]
+fn a_write_into_a_cluster_that_another_just_took_survives_a_kill() {
+    for seed in 0..60 {
+        let host = SimHost::new(SimConfig::seeded(seed));
+        make(&host, &small_clusters(1 << 20, 16));
+        let disk = OpenOptions::new()
+            .restartable(true)
+            .open_on(IMAGE, Arc::new(host.clone()))
+            .unwrap();
+        let mut first = disk.create_async_io(8).unwrap();
+        let mut second = disk.create_async_io(8).unwrap();
+        submit(&mut *first, 1, write_op(0, &[1; 256], false));
+        submit(&mut *second, 2, write_op(256, &[2; 256], false));
+        let mut out = Vec::new();
+        while second.in_flight() > 0 {
+            let _ = host.step();
+            first.reap(&mut Vec::new());
+            second.reap(&mut out);
+        }
+        assert_eq!(out[0].result, Ok(()));
+        let after = host.kill();
+        drop((first, second));
+        drop(disk);
+        let found = read(&open(&after), 256, 256);
+        assert!(found == [2; 256], "seed {seed}: lost");
+    }
+}
+
+#[test]
 fn a_corrupt_entry_does_not_hide_changes_beside_it() {
     let host = host();
     let size = 65536u64;
