@@ -316,8 +316,10 @@ pub(crate) async fn write_image(
             continue;
         }
         let in_place = range.take(extents.len());
-        let dsync = durable && image.mapping_is_durable(in_place);
-        unsettled |= durable && !dsync;
+        // Another write may have made the mapping just now: then this one relies on it too.
+        let settled = image.mapping_is_durable(in_place);
+        let dsync = durable && settled;
+        unsettled |= !settled;
         let mut pieces = Vec::new();
         for extent in extents.as_slice() {
             let ExtentKind::Data { file, offset } = extent.kind else {

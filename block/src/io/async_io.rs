@@ -120,7 +120,8 @@ pub trait AsyncIo {
     /// for; the host's error when the descriptor cannot be watched.
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()>;
 
-    /// Blocks until there is something to reap or `timeout` has passed; returns whether there is.
+    /// Blocks until there may be something to reap or `timeout` has passed; returns whether there
+    /// is. It may return early: whoever waits for one request waits again.
     ///
     /// # Errors
     /// The host's error when waiting fails.

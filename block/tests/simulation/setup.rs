@@ -395,7 +395,11 @@ impl Setup {
                 } else {
                     end / self.cluster_size * self.cluster_size
                 };
-                (first, last.max(first))
+                if first < last {
+                    (first, last)
+                } else {
+                    (start, start)
+                }
             }
         }
     }
