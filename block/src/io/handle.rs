@@ -17,7 +17,7 @@ use super::{
     driver::{Driver, Eof, NewOp, OpKind},
     pins::QueuePins,
 };
-use crate::sync::lock;
+use crate::sync::{join_all, lock};
 use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
 
 struct OpenFile {
@@ -300,8 +300,8 @@ impl Io {
         Ok(buffer)
     }
 
-    /// A write that does not fill whole host blocks: reads them, changes them, writes them, with
-    /// every other write to them excluded.
+    /// A write whose memory or range does not suit the file. The host blocks at its ends that it
+    /// does not fill are read and changed, with every other write to them excluded.
     async fn read_modify_write(
         &self,
         entry: &Arc<FileEntry>,
@@ -317,13 +317,27 @@ impl Io {
             .checked_add(len)
             .and_then(|end| end.checked_next_multiple_of(unit))
             .ok_or_else(|| Error::new(ErrorKind::OutOfRange).path(entry.path()))?;
+        let fills_blocks = start == offset && end == offset + len;
         let _range = match &entry.ranges {
-            Some(ranges) => Some(ranges.hold(start, end, true).await),
+            Some(ranges) => Some(ranges.hold(start, end, !fills_blocks).await),
             None => None,
         };
-        let mut buffer = self
-            .read_buffer(file, start, (end - start) as usize, Eof::Zeroes)
-            .await?;
+        let mut buffer = AlignedBuf::zeroed((end - start) as usize);
+        let mut partial = Vec::new();
+        if start != offset {
+            partial.push(start);
+        }
+        let last = end - unit;
+        if end != offset + len && !partial.contains(&last) {
+            partial.push(last);
+        }
+        let reads = partial
+            .iter()
+            .map(|block| self.read_padded(file, *block, unit as usize));
+        for (block, read) in partial.iter().zip(join_all(reads).await) {
+            let at = (block - start) as usize;
+            buffer[at..at + unit as usize].copy_from_slice(&read?);
+        }
         let at = (offset - start) as usize;
         buffers::gather(segments, &mut buffer[at..at + len as usize]);
         let file_len = entry.file.len()?;
