@@ -162,6 +162,12 @@ impl Opener<'_> {
         }
     }
 
+    /// Whether the image so many levels below the top is opened for writing.
+    fn is_writable(&self, depth: usize) -> bool {
+        let wanted = depth == 0 || self.options.writable_depth == Some(depth);
+        wanted && !self.options.read_only
+    }
+
     async fn probe(&self, id: FileId) -> Result<Option<Recognised>> {
         let mut probe = Probe::default();
         for range in detect::probed_ranges(self.io.file_len(id)?) {
@@ -187,12 +193,12 @@ impl Opener<'_> {
         &self,
         id: FileId,
         top: bool,
-        mut above: Vec<(u64, u64)>,
+        mut above: Vec<Option<(u64, u64)>>,
     ) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
         Box::pin(async move {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
-            let writable = top && !self.options.read_only;
+            let writable = self.is_writable(above.len());
             let mut header = Header::read(self.io, id).await?;
             header.check_supported(writable).map_err(named)?;
             if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
@@ -200,7 +206,7 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
-            above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
+            above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
@@ -239,10 +245,11 @@ impl Opener<'_> {
         header: &Header,
         path: &Path,
         top: bool,
-        above: Vec<(u64, u64)>,
+        above: Vec<Option<(u64, u64)>>,
     ) -> Result<Option<Arc<dyn Image>>> {
         let host = &*self.io.core.host;
-        let options = self.options.file_options(false);
+        let writable = self.is_writable(above.len());
+        let options = self.options.file_options(writable);
         let (file, recorded) = match &self.options.backing {
             Backing::None if top => return Ok(None),
             Backing::Override(backing, format) if top => (host.open(backing, options)?, *format),
@@ -272,7 +279,10 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        if file.identity().is_some_and(|file| above.contains(&file)) {
+        if file
+            .identity()
+            .is_some_and(|file| above.contains(&Some(file)))
+        {
             return Err(Error::invalid_image(format!(
                 "backing file: {} is already in the chain above",
                 file.path().display()
@@ -280,7 +290,7 @@ impl Opener<'_> {
             .path(path));
         }
         let locking = self.options.effective_locking();
-        lock_image(&file, false, locking, self.options.lock_wait)?;
+        lock_image(&file, writable, locking, self.options.lock_wait)?;
         let id = self.io.core.add_file(file, FileRole::Clusters);
         let format = match recorded {
             Some(format) => format,

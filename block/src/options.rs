@@ -104,6 +104,7 @@ pub struct OpenOptions {
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
 }
 
@@ -130,6 +131,7 @@ impl Default for OpenOptions {
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            writable_depth: None,
             lock_wait: Duration::ZERO,
         }
     }
@@ -267,6 +269,14 @@ impl OpenOptions {
     #[must_use]
     pub fn allow_corrupt(mut self, allow: bool) -> Self {
         self.allow_corrupt = allow;
+        self
+    }
+
+    /// Open the image that many levels down the backing chain for writing, too, and lock it so: for
+    /// [`maintenance::commit`](crate::maintenance::commit). 0 stands for none.
+    #[must_use]
+    pub fn writable_backing(mut self, depth: usize) -> Self {
+        self.writable_depth = (depth > 0).then_some(depth);
         self
     }
 

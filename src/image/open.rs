@@ -3,8 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use block::{
-    AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Error, ErrorKind, FileGate, Format,
-    Locking, OpenOptions, io::EngineKind,
+    AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
+    FileGate, Format, Locking, OpenOptions, io::EngineKind,
 };
 use clap::Args;
 
@@ -51,6 +51,8 @@ pub(crate) struct OpenHow {
     pub(crate) snapshot: Option<String>,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
+    /// Open the image so many levels below for writing, too; 0 for none.
+    pub(crate) writable_backing: usize,
     /// Open files that the image names only if its own format was named.
     pub(crate) named_files_need_format: bool,
 }
@@ -87,7 +89,12 @@ pub(crate) fn open(
     how: &OpenHow,
     persona: Persona,
 ) -> Outcome<Box<dyn AsyncDiskFile>> {
-    open_quietly(spec, how, persona)
+    Ok(Box::new(open_disk(spec, how, persona)?))
+}
+
+/// Opens an image, as the concrete type.
+pub(crate) fn open_disk(spec: &ImageSpec, how: &OpenHow, persona: Persona) -> Outcome<Disk> {
+    open_disk_quietly(spec, how, persona)
         .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
         .map_err(|failure| match persona {
             Persona::QemuIo => Failure::new(failure.to_string().replacen(
@@ -105,6 +112,15 @@ pub(crate) fn open_quietly(
     how: &OpenHow,
     persona: Persona,
 ) -> Result<Box<dyn AsyncDiskFile>, String> {
+    Ok(Box::new(open_disk_quietly(spec, how, persona)?))
+}
+
+/// [`open_quietly`], as the concrete type.
+pub(crate) fn open_disk_quietly(
+    spec: &ImageSpec,
+    how: &OpenHow,
+    persona: Persona,
+) -> Result<Disk, String> {
     let mut how = how.clone();
     let mut options = spec.options.clone();
     let caches = CacheOptions::take(&mut options)?;
@@ -125,6 +141,7 @@ pub(crate) fn open_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
         } else {
@@ -152,7 +169,7 @@ pub(crate) fn open_quietly(
         open = open.backing(&backing.path, backing.format);
     }
     let disk = open
-        .open(&spec.path)
+        .open_disk(&spec.path)
         .map_err(|error| explain(&error, &spec.path, persona))?;
     if spec.format.is_none() && disk.format() == Format::Raw && !how.read_only {
         warn_of_guess(&spec.path);

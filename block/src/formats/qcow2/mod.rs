@@ -9,6 +9,7 @@
 //!   the disk.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 
+pub mod amend;
 mod change;
 pub mod check;
 mod claims;
@@ -299,6 +300,19 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.name_backing(io, name, format))
+    }
+
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.empty_clusters(io))
     }
 
     fn close<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
