@@ -258,6 +258,9 @@ impl Opener<'_> {
                     return Ok(None);
                 };
                 let format = match header.backing_format() {
+                    _ if top && self.options.backing_format.is_some() => {
+                        self.options.backing_format
+                    }
                     Some(name) => Some(named_format(&name).map_err(|error| error.path(path))?),
                     None => None,
                 };

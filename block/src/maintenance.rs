@@ -98,6 +98,8 @@ pub fn copy_differences(
     let size = disk.size();
     let unit = disk.info().cluster_size.unwrap_or(1).max(1);
     let shared = new.map_or(u32::MAX, |new| shared_depth(disk, new));
+    // What lies beyond the old backing file is zero without ever having been written.
+    let old_end = disk.image().backing().map_or(0, |old| old.size());
     let mut at = 0;
     while at < size {
         let old = status(disk, at, size - at)?;
@@ -115,7 +117,8 @@ pub fn copy_differences(
         } else {
             let wanted = old.len.next_multiple_of(unit).min(CHUNK.max(unit));
             let len = wanted.min(size - at);
-            copy_chunk(disk, new, compressed, GuestRange::new(at, len), unit)?;
+            let range = GuestRange::new(at, len);
+            copy_chunk(disk, new, compressed, range, (unit, old_end))?;
             at += len;
         }
         step(at)?;
@@ -128,7 +131,7 @@ fn copy_chunk(
     new: Option<&Disk>,
     compressed: bool,
     range: GuestRange,
-    unit: u64,
+    (unit, old_end): (u64, u64),
 ) -> Result<()> {
     let (start, len) = (range.start.0, range.len as usize);
     let mut data = AlignedBuf::zeroed(len);
@@ -147,7 +150,7 @@ fn copy_chunk(
             from = piece(from).end;
             continue;
         }
-        let zero = |at: usize| data[piece(at)].iter().all(|byte| *byte == 0);
+        let zero = |at: usize| start + at as u64 >= old_end;
         let first = zero(from);
         let mut to = piece(from).end;
         // Neighbours with one request; compressed clusters go one by one.

@@ -100,6 +100,7 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) backing_format: Option<Format>,
     pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
@@ -127,6 +128,7 @@ impl Default for OpenOptions {
             discard: DiscardPolicy::Unmap,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
@@ -239,6 +241,14 @@ impl OpenOptions {
     #[must_use]
     pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
         self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Take the backing file that the header names for an image of this format, whatever format the
+    /// header records.
+    #[must_use]
+    pub fn backing_format(mut self, format: Format) -> Self {
+        self.backing_format = Some(format);
         self
     }
 

@@ -47,6 +47,8 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// The format of the backing file that the header names.
+    pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
     pub(crate) snapshot: Option<String>,
     /// Complete a change only when killing the process cannot lose it.
@@ -165,6 +167,9 @@ pub(crate) fn open_disk_quietly(
     if let Some(name) = &how.snapshot {
         open = open.snapshot(name);
     }
+    if let Some(format) = how.backing_format {
+        open = open.backing_format(format);
+    }
     if let Some(backing) = &how.backing {
         open = open.backing(&backing.path, backing.format);
     }
@@ -252,9 +257,11 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
         options.take("backing.file.filename"),
     );
     options.take("backing.file.driver");
-    if let (driver, Some(path)) = backing {
+    if let (driver, Some(path)) = backing.clone() {
         let format = driver.map(|driver| named_format(&driver)).transpose()?;
         how.backing = Some(ImageSpec::plain(path, format));
+    } else if let (Some(driver), None) = backing {
+        how.backing_format = Some(named_format(&driver)?);
     } else if options.take("backing").is_some_and(|name| name.is_empty()) {
         how.no_backing = true;
     }
@@ -308,6 +315,12 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
             }
             None => format!("Could not open backing file: {below}"),
         };
+    }
+    if persona.is_qemu()
+        && let Some(named) = error.message().strip_prefix("backing file format: \"")
+    {
+        let driver = named.split('"').next().unwrap_or_default();
+        return format!("Could not open backing file: Unknown driver '{driver}'");
     }
     let text = match of_host {
         Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),

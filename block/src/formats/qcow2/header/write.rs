@@ -251,7 +251,7 @@ impl Header {
             .extensions
             .iter()
             .position(|extension| extension.kind == ExtensionType::BACKING_FORMAT)
-            && self.backing_format() != before
+            && before.is_none()
         {
             let extension = self.extensions.remove(at);
             self.extensions.insert(0, extension);
