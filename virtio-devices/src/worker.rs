@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use block::io::{AsyncIo, Completion, Request, RequestOp};
+use block::io::{AsyncIo, Completion, MemoryRegions, Request, RequestOp};
 
 use crate::{Error, Result};
 
@@ -88,6 +88,11 @@ pub trait FrontEnd {
 
     /// Asks the guest for a doorbell and then looks again: whether it has posted something.
     fn rearm(&mut self) -> bool;
+
+    /// Guest memory that the host should pin, if it is not the same as at the last call.
+    fn memory_to_pin(&mut self) -> Option<MemoryRegions> {
+        None
+    }
 
     /// Guest requests taken and not yet posted.
     fn outstanding(&self) -> usize;
@@ -194,6 +199,9 @@ impl<F: FrontEnd> Worker<F> {
             self.front.post();
             self.make_room();
             let drained = self.front.drain(&mut self.batch);
+            if let Some(memory) = self.front.memory_to_pin() {
+                self.io.register_memory(memory);
+            }
             let submitted = self.submit();
             if drained.taken + submitted > 0 {
                 // Some of it may have ended already, without the disk or by an engine that is fast.
