@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use block::io::{AsyncIo, Completion, Request, RequestOp};
+use block::io::{AsyncIo, Completion, MemoryRegions, Request, RequestOp};
 
 use crate::{Error, Result};
 
@@ -164,6 +164,13 @@ impl Batch {
         submitted
     }
 
+    /// The data planes of a thread share what is registered.
+    fn register_memory(&mut self, memory: MemoryRegions) {
+        if let Some(plane) = self.planes.iter_mut().flatten().next() {
+            plane.io.register_memory(memory);
+        }
+    }
+
     fn drop_detached(&mut self) {
         for place in &mut self.planes {
             if place
@@ -200,6 +207,11 @@ pub trait FrontEnd {
 
     /// Asks the guest for a doorbell and then looks again: whether it has posted something.
     fn rearm(&mut self) -> bool;
+
+    /// Guest memory that the host should pin, if it is not the same as at the last call.
+    fn memory_to_pin(&mut self) -> Option<MemoryRegions> {
+        None
+    }
 
     /// Guest requests taken and not yet posted.
     fn outstanding(&self) -> usize;
@@ -347,6 +359,9 @@ impl<F: FrontEnd> Worker<F> {
             self.front.post();
             self.batch.make_room();
             let drained = self.front.drain(&mut self.batch);
+            if let Some(memory) = self.front.memory_to_pin() {
+                self.batch.register_memory(memory);
+            }
             let submitted = self.batch.submit();
             if drained.taken + submitted > 0 {
                 // Some of it may have ended already, without the disk or by an engine that is fast.

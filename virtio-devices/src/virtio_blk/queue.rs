@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Instant};
 
 use block::{
     ErrorKind,
-    io::{Completion, RequestOp},
+    io::{Completion, MemoryRegions, RequestOp},
 };
 use virtio_queue::Queue;
 use vm_memory::{GuestMemory, Permissions, bitmap::BS};
@@ -47,6 +47,8 @@ pub struct BlkQueue<S: MemorySource> {
     indirect_limit: usize,
     chain: Chain,
     scratch: Scratch,
+    /// The current memory map is to be pinned.
+    unpinned: bool,
     /// Where the windows on rings and headers, and on data, started last.
     control_from: u64,
     data_from: u64,
@@ -76,6 +78,7 @@ impl<S: MemorySource> BlkQueue<S> {
         let indirect_limit =
             usize::from(ring.size()).max(config::seg_max(shared.config().queue_size) as usize + 2);
         Ok(Self {
+            unpinned: shared.config().pin_memory,
             slots: (0..ring.size()).map(|_| Slot::new()).collect(),
             ended: Vec::with_capacity(usize::from(ring.size())),
             shared,
@@ -117,6 +120,7 @@ impl<S: MemorySource> BlkQueue<S> {
     fn refresh_memory(&mut self) {
         if !self.source.is_current(&self.memory.0) {
             self.memory = Arc::new(QueueMemory(self.source.load()));
+            self.unpinned = self.shared.config().pin_memory;
         }
     }
 
@@ -429,6 +433,13 @@ impl<S: MemorySource> FrontEnd for BlkQueue<S> {
             self.break_queue(fault);
             false
         })
+    }
+
+    fn memory_to_pin(&mut self) -> Option<MemoryRegions> {
+        if !std::mem::take(&mut self.unpinned) {
+            return None;
+        }
+        MemoryRegions::of(&self.memory.0)
     }
 
     fn outstanding(&self) -> usize {
