@@ -15,11 +15,11 @@ use vm_memory::{GuestMemory, Permissions, bitmap::BS};
 use super::{
     Shared, config, feature,
     request::{self, Action, IOERR, OK, Scratch, UNSUPP},
-    slot::{Guest, Slot, mark_dirty},
+    slot::Slot,
 };
 use crate::{
     Error, Interrupt, MemorySource, Result,
-    memory::{QueueMemory, Window},
+    memory::{BatchMemory, QueueMemory, Window, mark_dirty},
     stats::{Op, QueueStats},
     virtio::{Chain, InflightTracker, QueueFault, QueueSnapshot, ring::RingView, ring::SplitRing},
     worker::{Batch, Drained, FrontEnd, Worker},
@@ -139,21 +139,15 @@ impl<S: MemorySource> BlkQueue<S> {
     /// had none left.
     fn take(&mut self, batch: &mut Batch, taken: &mut usize) -> Result<bool, QueueFault> {
         let memory = Arc::clone(&self.memory);
-        let mut guest = Guest {
-            control: Window::new(&*memory, self.control_from),
-            data: None,
-            data_from: self.data_from,
-            memory: &memory,
-        };
+        let mut guest = BatchMemory::new(&memory, self.control_from, self.data_from);
         let full = self.take_from(&mut guest, batch, taken);
-        self.control_from = guest.control.start();
-        self.data_from = guest.data.map_or(guest.data_from, |data| data.start());
+        (self.control_from, self.data_from) = guest.ended_at();
         full
     }
 
     fn take_from(
         &mut self,
-        guest: &mut Guest<'_, S::M>,
+        guest: &mut BatchMemory<'_, S::M>,
         batch: &mut Batch,
         taken: &mut usize,
     ) -> Result<bool, QueueFault> {
@@ -199,7 +193,7 @@ impl<S: MemorySource> BlkQueue<S> {
         head: u16,
         now: u64,
         view: &RingView<'_, BS<'_, <S::M as GuestMemory>::Bitmap>>,
-        guest: &mut Guest<'_, S::M>,
+        guest: &mut BatchMemory<'_, S::M>,
         batch: &mut Batch,
     ) -> Result<(), QueueFault> {
         let size = self.ring.size();
@@ -357,12 +351,7 @@ impl<S: MemorySource> BlkQueue<S> {
     fn replay(&mut self, heads: &[u16], batch: &mut Batch) -> Result<(), QueueFault> {
         self.refresh_memory();
         let memory = Arc::clone(&self.memory);
-        let mut guest = Guest {
-            control: Window::new(&*memory, self.control_from),
-            data: None,
-            data_from: self.data_from,
-            memory: &memory,
-        };
+        let mut guest = BatchMemory::new(&memory, self.control_from, self.data_from);
         let view = self.ring.view(&mut guest.control)?;
         let now = self.now();
         for &head in heads {
