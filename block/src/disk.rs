@@ -199,10 +199,8 @@ impl Shared {
         let core = &self.core;
         let result = self.with_drained(async move |io| {
             self.served.closed.store(true, Ordering::Release);
-            if writable && !self.served.policy.ignore_flush {
+            if writable {
                 image.close(io).await
-            } else if writable {
-                image.write_back(io).await
             } else {
                 Ok(())
             }

@@ -78,7 +78,7 @@ impl OpenOptions {
     fn open_named(&self, path: &Path, host: Arc<dyn Host>) -> Result<Disk> {
         self.check()?;
         let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
-        let core = DiskCore::new(path, host, pool);
+        let core = DiskCore::new(path, host, pool, self.cache_mode == CacheMode::Unsafe);
         let contexts = Contexts::default();
         let file = core.host.open(path, self.file_options(!self.read_only))?;
         lock_image(
@@ -99,7 +99,6 @@ impl OpenOptions {
                 discard: self.discard,
                 detect_zeroes: self.detect_zeroes,
                 write_through: self.is_write_through(),
-                ignore_flush: self.cache_mode == CacheMode::Unsafe,
                 restartable: self.restartable,
             },
             guard: (opened.guessed_raw && !self.read_only).then(RawGuard::default),
