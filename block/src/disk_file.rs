@@ -10,7 +10,7 @@ use std::path::Path;
 
 use crate::{
     Format, Result,
-    extras::DiskExtras,
+    extras::{DiskExtras, NoExtras},
     image::{BlockStatus, ImageInfo},
     io::AsyncIo,
 };
@@ -139,7 +139,9 @@ pub trait DiskFile: Send + Sync {
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()>;
 
     /// Snapshots, VM state and bitmaps.
-    fn extras(&self) -> &dyn DiskExtras;
+    fn extras(&self) -> &dyn DiskExtras {
+        &NoExtras
+    }
 
     /// Flushes and closes: caches are written, locks released. Dropping does the same but cannot
     /// report an error.

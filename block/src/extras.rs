@@ -178,6 +178,48 @@ pub trait DiskExtras {
     fn change_bitmap(&self, name: &str, change: BitmapChange<'_>) -> Result<()>;
 }
 
+/// A disk that keeps nothing beside its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoExtras;
+
+impl NoExtras {
+    fn refuse<T>() -> Result<T> {
+        Err(Error::unsupported(
+            "this disk keeps no snapshots, VM state or bitmaps",
+        ))
+    }
+}
+
+impl DiskExtras for NoExtras {
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        Vec::new()
+    }
+    fn create_snapshot(&self, _: &NewSnapshot) -> Result<String> {
+        Self::refuse()
+    }
+    fn apply_snapshot(&self, _: &str) -> Result<()> {
+        Self::refuse()
+    }
+    fn delete_snapshot(&self, _: &str) -> Result<()> {
+        Self::refuse()
+    }
+    fn read_vm_state(&self, _: &mut [u8], _: u64) -> Result<()> {
+        Self::refuse()
+    }
+    fn write_vm_state(&self, _: &[u8], _: u64) -> Result<()> {
+        Self::refuse()
+    }
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        Vec::new()
+    }
+    fn bitmap_bits(&self, _: &str) -> Result<DirtyBits> {
+        Self::refuse()
+    }
+    fn change_bitmap(&self, _: &str, _: BitmapChange<'_>) -> Result<()> {
+        Self::refuse()
+    }
+}
+
 /// The error of a format that keeps no such things.
 pub(crate) fn keeps_none(format: Format, what: &str) -> Error {
     Error::unsupported(format!("{format} images keep no {what}"))
