@@ -13,6 +13,7 @@ use std::{
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
+    extras::DiskExtras,
     hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
     io::{
@@ -41,7 +42,7 @@ pub(crate) struct Shared {
 /// An opened disk of any format. Clones share everything; the last one to go closes the image.
 #[derive(Clone)]
 pub struct Disk {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 /// No request is in flight on the disk, and new ones wait, until this is dropped.
@@ -58,6 +59,11 @@ impl Disk {
         contexts: Contexts,
         engine: EngineKind,
     ) -> Self {
+        if let Some(extras) = served.image.extras()
+            && !extras.bitmaps().is_empty()
+        {
+            served.hooks.attach_once(extras.recorder());
+        }
         Self {
             shared: Arc::new(Shared {
                 core,
@@ -188,6 +194,13 @@ impl Shared {
             let _drained = core.pins.drain().await;
             work(io).await
         })
+    }
+
+    /// Tells everybody who wants to know.
+    pub(crate) fn resized(&self, size: u64) {
+        for listener in &*lock(&self.listeners) {
+            listener(size);
+        }
     }
 
     fn close(&self) -> Result<()> {
@@ -327,9 +340,7 @@ impl DiskFile for Disk {
         let image = &self.shared.served.image;
         self.with_drained(async |io| image.resize(io, size).await)
             .map_err(|error| error.operation("resize").path(self.path()))?;
-        for listener in &*lock(&self.shared.listeners) {
-            listener(size);
-        }
+        self.shared.resized(size);
         Ok(())
     }
 
@@ -363,6 +374,10 @@ impl DiskFile for Disk {
             return Ok(());
         }
         self.write_at(data, offset)
+    }
+
+    fn extras(&self) -> &dyn DiskExtras {
+        self
     }
 
     fn close(&self) -> Result<()> {
@@ -533,6 +548,9 @@ impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
     }
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
         self.disk.write_compressed(data, offset)
+    }
+    fn extras(&self) -> &dyn DiskExtras {
+        self.disk.extras()
     }
     fn close(&self) -> Result<()> {
         self.disk.close()

@@ -9,7 +9,11 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
-        qcow2::{Qcow2, Qcow2Options, header::Header, snapshot::SnapshotTable},
+        qcow2::{
+            Qcow2, Qcow2Options,
+            header::{Autoclear, Header},
+            snapshot::SnapshotTable,
+        },
         raw::{Raw, RawFile},
     },
     hooks::Hooks,
@@ -230,6 +234,8 @@ impl Opener<'_> {
         header.size = snapshot.disk_size().unwrap_or(header.size);
         header.l1_size = snapshot.l1_size;
         header.l1_table_offset = snapshot.l1_table_offset;
+        // Bitmaps are about the disk as it is now.
+        header.autoclear_features.remove(Autoclear::BITMAPS);
         header.check_l1()
     }
 
