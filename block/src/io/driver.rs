@@ -20,7 +20,8 @@ use std::{
 };
 
 use super::{
-    AlignedBuf, Engine, EngineFile, FallocateMode, HostOp, Segments, Started, Token, buffers,
+    AlignedBuf, Engine, EngineFile, FallocateMode, HostOp, MemoryRegions, Segments, Started, Token,
+    buffers,
     slab::{Key, Slab},
 };
 use crate::sync::lock;
@@ -174,6 +175,8 @@ pub(crate) struct Driver {
     wakes: Arc<WakeQueue>,
     woken: RefCell<Vec<Key>>,
     queues: RefCell<Slab<Weak<dyn RequestSink>>>,
+    /// What the engine has registered stays mapped. Dropped after the engine.
+    memory: RefCell<Option<MemoryRegions>>,
 }
 
 /// Operations kept for reuse.
@@ -206,6 +209,7 @@ impl Driver {
             }),
             woken: RefCell::default(),
             queues: RefCell::default(),
+            memory: RefCell::default(),
         }))
     }
 
@@ -227,6 +231,15 @@ impl Driver {
     /// Forgets a file of the engine.
     pub(crate) fn unregister(&self, file: EngineFile) {
         self.engine.borrow_mut().unregister(file);
+    }
+
+    /// Registers memory with the engine instead of what was registered before; whether it did.
+    pub(crate) fn register_memory(&self, memory: MemoryRegions) -> bool {
+        // SAFETY: the regions stay mapped while `self.memory` holds them: until they are replaced
+        // in the engine, or past its end.
+        let registered = unsafe { self.engine.borrow_mut().register_memory(memory.as_slice()) };
+        self.memory.replace(registered.then_some(memory));
+        registered
     }
 
     /// A key for a queue whose requests start operations directly.

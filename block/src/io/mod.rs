@@ -21,6 +21,7 @@ mod os_host;
 mod pins;
 mod pool;
 mod ranges;
+mod regions;
 pub mod sim;
 mod slab;
 mod sys;
@@ -42,6 +43,7 @@ pub use os_host::OsHost;
 pub use self::core::FileRole;
 pub use handle::Io;
 pub use pool::Pool;
+pub use regions::MemoryRegions;
 
 pub(crate) use self::core::DiskCore;
 pub(crate) use busy::InFlight;
