@@ -26,6 +26,7 @@ pub mod disk_file;
 pub mod error;
 pub mod extras;
 mod factory;
+pub mod faults;
 pub mod formats;
 pub mod gate;
 pub mod hooks;

@@ -2,10 +2,11 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use crate::{Format, gate::FileGate, io::EngineKind};
+use crate::{Format, faults::Faults, gate::FileGate, io::EngineKind};
 
 /// How the host's page cache and flushes are used, as QEMU's cache modes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,6 +107,7 @@ pub struct OpenOptions {
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
+    pub(crate) faults: Option<Arc<Faults>>,
     pub(crate) lock_wait: Duration,
 }
 
@@ -134,6 +136,7 @@ impl Default for OpenOptions {
             allow_probed_backing: false,
             allow_corrupt: false,
             writable_depth: None,
+            faults: None,
             lock_wait: Duration::ZERO,
         }
     }
@@ -287,6 +290,13 @@ impl OpenOptions {
     #[must_use]
     pub fn writable_backing(mut self, depth: usize) -> Self {
         self.writable_depth = (depth > 0).then_some(depth);
+        self
+    }
+
+    /// Make operations on the image's own file fail, for tests.
+    #[must_use]
+    pub fn faults(mut self, faults: Arc<Faults>) -> Self {
+        self.faults = Some(faults);
         self
     }
 

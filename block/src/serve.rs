@@ -10,6 +10,7 @@ use std::sync::{
 use crate::{
     Error, ErrorKind, GuestRange, Result,
     detect::{self, RawGuard},
+    faults::Event,
     hooks::{Hooks, Mutation},
     image::{ExtentKind, Extents, Image, Intent, Prepared},
     io::{AlignedBuf, Buffers, Io, RequestOp, Segment},
@@ -166,7 +167,10 @@ pub(crate) async fn read(
                 ExtentKind::Zero => buffers.fill_zero(place, extent.len),
                 ExtentKind::Data { file, offset } => {
                     let segments = buffers.part(place, extent.len);
-                    pieces.push(Box::pin(io.read_segments(file, offset.0, segments)));
+                    pieces.push(Box::pin(async move {
+                        io.event(file, Event::ReadAio).await;
+                        io.read_segments(file, offset.0, segments).await
+                    }));
                 }
                 ExtentKind::Opaque { depth } => {
                     let holder = image_at(image, depth)?;
@@ -321,7 +325,10 @@ pub(crate) async fn write_image(
                 return Err(Error::corrupt("a write in place was mapped to no data"));
             };
             let segments = buffers.part(at, extent.len);
-            pieces.push(io.write_segments(file, offset.0, segments, dsync));
+            pieces.push(async move {
+                io.event(file, Event::WriteAio).await;
+                io.write_segments(file, offset.0, segments, dsync).await
+            });
             at += extent.len;
         }
         join_all(pieces).await.into_iter().collect::<Result<()>>()?;
@@ -359,6 +366,7 @@ async fn write_prepared(
         .0
         .checked_sub(prepared.head)
         .ok_or_else(|| Error::corrupt("a prepared write starts before its file"))?;
+    io.event(prepared.file, Event::WriteAio).await;
     io.write_segments(prepared.file, start, segments, false)
         .await?;
     prepared.commit.commit(io).await

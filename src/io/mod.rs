@@ -1,6 +1,7 @@
 //! `platter io`: the command language of qemu-io.
 
 mod control;
+mod faults;
 mod lang;
 mod queue;
 mod report;
@@ -317,6 +318,10 @@ impl Session {
                 opened.drain();
                 Ok(())
             }
+            Verb::Break => faults::set(opened, &parsed),
+            Verb::RemoveBreak => faults::remove(opened, &parsed),
+            Verb::Resume => faults::resume(opened, &parsed),
+            Verb::WaitBreak => faults::wait(opened, &parsed),
             Verb::Info => {
                 control::info(opened);
                 Ok(())

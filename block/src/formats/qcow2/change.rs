@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     Error, GuestOffset, GuestRange, Result,
+    faults::Event,
     io::{AlignedBuf, Buffers, Io},
     serve,
     sync::lock,
@@ -158,6 +159,7 @@ impl Qcow2 {
         if !self.writable {
             return Err(read_only());
         }
+        io.event(self.file, Event::EmptyImagePrepare).await;
         let size = self.size.load(Ordering::Acquire);
         let end = size.div_ceil(self.geometry.cluster_size());
         self.change_clusters(io, 0, end, Becomes::Gone).await?;
