@@ -94,6 +94,14 @@ fn cache(direct: bool) -> &'static str {
     if direct { "direct" } else { "cached" }
 }
 
+/// As many in flight as there are between two flushes.
+fn depth(flush_every: u64) -> u32 {
+    match flush_every {
+        0 => 32,
+        every => every.min(32) as u32,
+    }
+}
+
 type Sides<'a> = (&'a str, Box<dyn Side>);
 
 impl Table<'_> {
@@ -214,7 +222,7 @@ impl Table<'_> {
                         step: STEP,
                         flush_every,
                     };
-                    let work = self.work(Direction::Write, direct, 32);
+                    let work = self.work(Direction::Write, direct, depth(flush_every));
                     let flushes = match flush_every {
                         0 => String::new(),
                         n => format!(", a flush every {n}"),
@@ -261,7 +269,7 @@ impl Table<'_> {
                 step: STEP,
                 flush_every,
             };
-            let work = self.work(Direction::Write, true, 32);
+            let work = self.work(Direction::Write, true, depth(flush_every));
             let name = format!("qcow2 write direct, a flush every {flush_every}, raw");
             self.add(&name, 0.95, |lab| {
                 let ours = lab.strided(Set::Plain(Format::Qcow2), work, pattern)?;
