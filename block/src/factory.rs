@@ -9,6 +9,7 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
+        luks::Luks,
         qcow2::{Qcow2, Qcow2Options, header::Header, snapshot::SnapshotTable},
         raw::{Raw, RawFile},
     },
@@ -178,16 +179,17 @@ impl Opener<'_> {
         match format {
             Format::Raw => self.open_raw(id, top),
             Format::Qcow2 => self.open_qcow2(id, top, Vec::new()).await,
+            Format::Luks => self.open_luks(id, 0).await,
         }
     }
 
-    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, by
-    /// which a chain that names itself is recognised.
+    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, as
+    /// many as this one is levels down: by them a chain that names itself is recognised.
     fn open_qcow2(
         &self,
         id: FileId,
         top: bool,
-        mut above: Vec<(u64, u64)>,
+        mut above: Vec<Option<(u64, u64)>>,
     ) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
         Box::pin(async move {
             let path = self.io.file_path(id);
@@ -200,11 +202,13 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
-            above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
+            let depth = above.len();
+            above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
+                unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
                 .await
@@ -239,7 +243,7 @@ impl Opener<'_> {
         header: &Header,
         path: &Path,
         top: bool,
-        above: Vec<(u64, u64)>,
+        above: Vec<Option<(u64, u64)>>,
     ) -> Result<Option<Arc<dyn Image>>> {
         let host = &*self.io.core.host;
         let options = self.options.file_options(false);
@@ -272,7 +276,7 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        if file.identity().is_some_and(|file| above.contains(&file)) {
+        if file.identity().is_some() && above.contains(&file.identity()) {
             return Err(Error::invalid_image(format!(
                 "backing file: {} is already in the chain above",
                 file.path().display()
@@ -300,7 +304,17 @@ impl Opener<'_> {
         Ok(Some(match format {
             Format::Raw => self.open_raw(id, false)?,
             Format::Qcow2 => self.open_qcow2(id, false, above).await?,
+            Format::Luks => self.open_luks(id, above.len()).await?,
         }))
+    }
+
+    /// Opens a LUKS volume, `depth` levels down.
+    async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
+        let writable = depth == 0 && !self.options.read_only;
+        let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
+            .await
+            .map_err(|error| error.path(&self.io.file_path(id)))?;
+        Ok(Arc::new(image))
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {

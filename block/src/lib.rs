@@ -18,9 +18,11 @@
 //! ```
 
 pub mod codec;
+pub mod crypto;
 mod detect;
 pub mod disk;
 pub mod disk_file;
+mod encryption;
 pub mod error;
 mod factory;
 pub mod formats;
@@ -38,7 +40,7 @@ mod sync;
 mod table;
 pub mod types;
 
-pub use disk::{Disk, DrainGuard, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
+pub use disk::{Disk, DrainGuard, LuksAsync, LuksSync, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
 pub use disk_file::{AsyncDiskFile, Capabilities, DiskFile, DiskTopology};
 pub use error::{Error, ErrorKind, Result};
 pub use factory::open_disk_file;

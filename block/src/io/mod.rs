@@ -44,6 +44,7 @@ pub use handle::Io;
 pub use pool::Pool;
 
 pub(crate) use self::core::DiskCore;
+pub(crate) use buffers::{gather, part_of, scatter};
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
 pub(crate) use driver::{Driver, Eof, NewOp, OpKind, Owner, RequestSink};
@@ -52,5 +53,6 @@ pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
 pub(crate) use pins::{Drained, Pin};
+pub(crate) use ranges::RangeTable;
 pub(crate) use slab::{Key, Slab};
-pub(crate) use sys::Notifier;
+pub(crate) use sys::{Notifier, thread_time};

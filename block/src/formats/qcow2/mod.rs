@@ -7,6 +7,7 @@
 //! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
 //!   the disk.
+//! * `crypt`: encryption.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 
 mod change;
@@ -15,6 +16,7 @@ mod claims;
 mod compressed;
 mod counts;
 pub mod create;
+mod crypt;
 mod flush;
 pub mod header;
 pub mod info;
@@ -35,6 +37,7 @@ use std::sync::{
 use self::{
     claims::Claims,
     compressed::Decompressed,
+    crypt::Crypt,
     flush::Pending,
     header::Header,
     info::{BitmapEntry, image_info, read_bitmaps},
@@ -46,6 +49,8 @@ use self::{
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    crypto::{KeyChange, Unlock},
+    encryption::Encryption,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
     sync::{Coalescer, LocalFuture, lock},
@@ -56,12 +61,14 @@ use crate::{
 const DECOMPRESSED_CACHE_BYTES: u64 = 4 << 20;
 
 /// How to open a qcow2 image.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Qcow2Options {
     /// Open for writing.
     pub(crate) writable: bool,
     /// The most bytes of tables kept in memory.
     pub(crate) metadata_cache_size: u64,
+    /// What opens an encrypted image.
+    pub(crate) unlock: Unlock,
 }
 
 /// An opened qcow2 image.
@@ -86,6 +93,7 @@ pub(crate) struct Qcow2 {
     pending: Pending,
     flushing: Coalescer,
     decompressed: Decompressed,
+    crypt: Crypt,
 }
 
 impl Qcow2 {
@@ -98,6 +106,8 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        // Before anything is changed: the key may be wrong.
+        let crypt = Crypt::open(io, file, &header, &options.unlock).await?;
         if options.writable {
             repair::repair_dirty(io, file, &mut header).await?;
         }
@@ -140,6 +150,7 @@ impl Qcow2 {
                 geometry,
                 header.compression_type(),
             ),
+            crypt,
             snapshots: Mutex::new(snapshots),
             bitmaps,
             header: Mutex::new(header),
@@ -202,11 +213,17 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        image_info(&lock(&self.header), &lock(&self.snapshots), &self.bitmaps)
+        let mut info = image_info(&lock(&self.header), &lock(&self.snapshots), &self.bitmaps);
+        self.crypt.describe(&mut info);
+        info
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {
         self.backing.as_ref()
+    }
+
+    fn encryption(&self) -> Option<&Arc<Encryption>> {
+        self.crypt.encryption.as_ref()
     }
 
     fn data_file(&self) -> FileId {
@@ -299,6 +316,10 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn change_keys<'a>(&'a self, io: &'a Io, change: &'a KeyChange) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.crypt.change_keys(io, change))
     }
 
     fn close<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
