@@ -14,6 +14,7 @@ use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
     crypto::KeyChange,
+    extras::DiskExtras,
     hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
     io::{
@@ -42,7 +43,7 @@ pub(crate) struct Shared {
 /// An opened disk of any format. Clones share everything; the last one to go closes the image.
 #[derive(Clone)]
 pub struct Disk {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 /// No request is in flight on the disk, and new ones wait, until this is dropped.
@@ -59,6 +60,11 @@ impl Disk {
         contexts: Contexts,
         engine: EngineKind,
     ) -> Self {
+        if let Some(extras) = served.image.extras()
+            && !extras.bitmaps().is_empty()
+        {
+            served.hooks.attach_once(extras.recorder());
+        }
         Self {
             shared: Arc::new(Shared {
                 core,
@@ -191,6 +197,13 @@ impl Shared {
         })
     }
 
+    /// Tells everybody who wants to know.
+    pub(crate) fn resized(&self, size: u64) {
+        for listener in &*lock(&self.listeners) {
+            listener(size);
+        }
+    }
+
     fn close(&self) -> Result<()> {
         if self.closing.swap(true, Ordering::AcqRel) {
             return Ok(());
@@ -200,10 +213,8 @@ impl Shared {
         let core = &self.core;
         let result = self.with_drained(async move |io| {
             self.served.closed.store(true, Ordering::Release);
-            if writable && !self.served.policy.ignore_flush {
+            if writable {
                 image.close(io).await
-            } else if writable {
-                image.write_back(io).await
             } else {
                 Ok(())
             }
@@ -330,9 +341,7 @@ impl DiskFile for Disk {
         let image = &self.shared.served.image;
         self.with_drained(async |io| image.resize(io, size).await)
             .map_err(|error| error.operation("resize").path(self.path()))?;
-        for listener in &*lock(&self.shared.listeners) {
-            listener(size);
-        }
+        self.shared.resized(size);
         Ok(())
     }
 
@@ -375,6 +384,10 @@ impl DiskFile for Disk {
         let image = &self.shared.served.image;
         self.with_drained(async |io| image.change_keys(io, change).await)
             .map_err(|error| error.operation("change keys").path(self.path()))
+    }
+
+    fn extras(&self) -> &dyn DiskExtras {
+        self
     }
 
     fn close(&self) -> Result<()> {
@@ -560,6 +573,10 @@ impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
     }
     fn change_keys(&self, change: &KeyChange) -> Result<()> {
         self.disk.change_keys(change)
+    }
+
+    fn extras(&self) -> &dyn DiskExtras {
+        self.disk.extras()
     }
     fn close(&self) -> Result<()> {
         self.disk.close()

@@ -11,6 +11,7 @@ use std::path::Path;
 use crate::{
     Error, Format, Result,
     crypto::KeyChange,
+    extras::{DiskExtras, NoExtras},
     image::{BlockStatus, ImageInfo},
     io::AsyncIo,
 };
@@ -147,6 +148,11 @@ pub trait DiskFile: Send + Sync {
     fn change_keys(&self, change: &KeyChange) -> Result<()> {
         let _ = change;
         Err(Error::unsupported("this disk has no key slots"))
+    }
+
+    /// Snapshots, VM state and bitmaps.
+    fn extras(&self) -> &dyn DiskExtras {
+        &NoExtras
     }
 
     /// Flushes and closes: caches are written, locks released. Dropping does the same but cannot

@@ -10,7 +10,11 @@ use crate::{
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
         luks::Luks,
-        qcow2::{Qcow2, Qcow2Options, header::Header, snapshot::SnapshotTable},
+        qcow2::{
+            Qcow2, Qcow2Options,
+            header::{Autoclear, Header},
+            snapshot::SnapshotTable,
+        },
         raw::{Raw, RawFile},
     },
     hooks::Hooks,
@@ -79,7 +83,7 @@ impl OpenOptions {
     fn open_named(&self, path: &Path, host: Arc<dyn Host>) -> Result<Disk> {
         self.check()?;
         let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
-        let core = DiskCore::new(path, host, pool);
+        let core = DiskCore::new(path, host, pool, self.cache_mode == CacheMode::Unsafe);
         let contexts = Contexts::default();
         let file = core.host.open(path, self.file_options(!self.read_only))?;
         lock_image(
@@ -100,7 +104,6 @@ impl OpenOptions {
                 discard: self.discard,
                 detect_zeroes: self.detect_zeroes,
                 write_through: self.is_write_through(),
-                ignore_flush: self.cache_mode == CacheMode::Unsafe,
                 restartable: self.restartable,
             },
             guard: (opened.guessed_raw && !self.read_only).then(RawGuard::default),
@@ -235,6 +238,8 @@ impl Opener<'_> {
         header.size = snapshot.disk_size().unwrap_or(header.size);
         header.l1_size = snapshot.l1_size;
         header.l1_table_offset = snapshot.l1_table_offset;
+        // Bitmaps are about the disk as it is now.
+        header.autoclear_features.remove(Autoclear::BITMAPS);
         header.check_l1()
     }
 

@@ -18,6 +18,7 @@ use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
     crypto::KeyChange,
     encryption::Encryption,
+    extras::ImageExtras,
     io::{Buffers, Io},
     sync::LocalFuture,
     table::MapCache,
@@ -286,6 +287,8 @@ pub struct SnapshotInfo {
     pub vm_clock_nsec: u64,
     /// Disk size at the snapshot, in bytes.
     pub disk_size: u64,
+    /// The record/replay instruction count, where there is one.
+    pub icount: Option<u64>,
 }
 
 /// What a format implements. One implementation serves the sync and the async variant, and every
@@ -436,6 +439,11 @@ pub trait Image: Send + Sync {
                 "this {format} image has no key slots"
             )))
         })
+    }
+
+    /// Snapshots, VM state and bitmaps, where the format keeps them.
+    fn extras(&self) -> Option<&dyn ImageExtras> {
+        None
     }
 
     /// Flushes and puts the file into the state of a cleanly closed image. The disk is drained.

@@ -20,10 +20,13 @@
 pub mod codec;
 pub mod crypto;
 mod detect;
+pub mod dirty;
 pub mod disk;
+mod disk_extras;
 pub mod disk_file;
 mod encryption;
 pub mod error;
+pub mod extras;
 mod factory;
 pub mod formats;
 pub mod gate;
@@ -40,9 +43,11 @@ mod sync;
 mod table;
 pub mod types;
 
+pub use dirty::DirtyBits;
 pub use disk::{Disk, DrainGuard, LuksAsync, LuksSync, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
 pub use disk_file::{AsyncDiskFile, Capabilities, DiskFile, DiskTopology};
 pub use error::{Error, ErrorKind, Result};
+pub use extras::{BitmapChange, BitmapInfo, DiskExtras, NewSnapshot};
 pub use factory::open_disk_file;
 pub use gate::FileGate;
 pub use host::HostDisk;

@@ -24,7 +24,7 @@ pub enum CacheMode {
     None,
     /// Direct I/O; every change is durable before it completes.
     DirectSync,
-    /// Page cache; flushes are ignored. A power cut may lose or corrupt everything.
+    /// Page cache; nothing is ever synced. The death of the host may lose or corrupt everything.
     Unsafe,
 }
 

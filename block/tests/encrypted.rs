@@ -222,7 +222,7 @@ struct Pair {
 }
 
 impl Pair {
-    fn new(kind: Kind, seed: u64, what: String) -> Self {
+    fn new(kind: Kind, seed: u64, what: &str) -> Self {
         let dir = temp_dir();
         Self {
             path: dir.path().join("image"),
@@ -325,7 +325,7 @@ fn images_of_both_are_read_and_written_by_both() {
                     continue;
                 }
                 let what = format!("cluster {cluster}{more}, made here: {ours}");
-                let mut pair = Pair::new(kind, cluster + number as u64, what);
+                let mut pair = Pair::new(kind, cluster + number as u64, &what);
                 if ours {
                     kind.create(&pair.path, cluster);
                 } else if kind == Kind::Luks {
@@ -638,7 +638,7 @@ fn an_overlay_and_its_base_have_keys_of_their_own() {
 #[test]
 fn snapshots_stay_readable() {
     for kind in [Kind::Qcow2Luks, Kind::Qcow2Aes] {
-        let mut pair = Pair::new(kind, 3, "with a snapshot".into());
+        let mut pair = Pair::new(kind, 3, "with a snapshot");
         kind.qemu_create(&pair.path, "");
         pair.our_turn();
         let then = pair.model.clone();

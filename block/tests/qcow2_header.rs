@@ -7,7 +7,7 @@ mod qcow2_support;
 use block::{
     ErrorKind,
     formats::qcow2::{
-        header::{Autoclear, CompressionType, CryptMethod, ExtensionType, Header, Incompatible},
+        header::{Autoclear, CompressionType, ExtensionType, Header, Incompatible},
         info::{image_info, read_bitmaps},
         snapshot::SnapshotTable,
     },

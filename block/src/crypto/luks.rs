@@ -566,7 +566,7 @@ fn parse_spec(name: &str, mode_spec: &str, key_bytes: u32) -> Result<CipherSpec>
     let iv = IvGenerator::from_name(iv_name).ok_or_else(|| unsupported("IV generator", iv_name))?;
     let key_len = key_bytes as usize;
     let one_key = match mode {
-        CipherMode::Xts if key_len % 2 == 0 => key_len / 2,
+        CipherMode::Xts if key_len.is_multiple_of(2) => key_len / 2,
         CipherMode::Xts => 0,
         CipherMode::Cbc | CipherMode::Ecb => key_len,
     };

@@ -149,13 +149,13 @@ impl<C: BlockCipher + BlockSizeUser<BlockSize = U16>> Xts<C> {
 impl<C: BlockCipher + BlockSizeUser<BlockSize = U16>> Mode for Xts<C> {
     fn encrypt(&self, iv: &Iv, first: u64, data: &mut [u8]) {
         self.apply(iv, first, data, |cipher, blocks| {
-            cipher.encrypt_blocks(blocks)
+            cipher.encrypt_blocks(blocks);
         });
     }
 
     fn decrypt(&self, iv: &Iv, first: u64, data: &mut [u8]) {
         self.apply(iv, first, data, |cipher, blocks| {
-            cipher.decrypt_blocks(blocks)
+            cipher.decrypt_blocks(blocks);
         });
     }
 }

@@ -28,7 +28,7 @@ enum Becomes {
     ZeroKept,
     /// Zero, giving space back.
     ZeroUnmapped,
-    /// Not part of the disk any more.
+    /// Not part of the disk any more, or VM state that is not needed any more.
     Gone,
 }
 
@@ -92,6 +92,11 @@ impl Qcow2 {
         };
         self.change_clusters(io, first, end, becomes).await?;
         Ok(self.until(range, end).len)
+    }
+
+    /// Forgets clusters that are not part of the disk.
+    pub(super) async fn forget_clusters(&self, io: &Io, first: u64, end: u64) -> Result<()> {
+        self.change_clusters(io, first, end, Becomes::Gone).await
     }
 
     async fn change_clusters(
@@ -193,8 +198,11 @@ impl Qcow2 {
                 "size: {size}, expected a multiple of 512"
             )));
         }
-        self.settle(io).await?;
         let old_size = self.size.load(Ordering::Acquire);
+        self.refuse_resize(old_size, size)?;
+        self.prepare_bitmaps_for(io, size).await?;
+        self.settle(io).await?;
+        self.drop_vm_state(io).await?;
         let mut header = lock(&self.header).clone();
         if size < old_size {
             let cluster_size = self.geometry.cluster_size();
@@ -220,6 +228,18 @@ impl Qcow2 {
         }
         self.size.store(size, Ordering::Release);
         *lock(&self.header) = header;
+        self.resize_bitmaps(size);
+        Ok(())
+    }
+
+    /// A version 2 snapshot does not say how large the disk was.
+    fn refuse_resize(&self, old_size: u64, size: u64) -> Result<()> {
+        let header = lock(&self.header);
+        if header.version < 3 && header.nb_snapshots > 0 && size != old_size {
+            return Err(Error::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
+        }
         Ok(())
     }
 
@@ -255,7 +275,13 @@ impl Qcow2 {
     }
 
     /// Moves the L1 table to where it has room for more entries.
-    async fn move_l1(&self, io: &Io, entries: u64, size: u64, header: &mut Header) -> Result<()> {
+    pub(super) async fn move_l1(
+        &self,
+        io: &Io,
+        entries: u64,
+        size: u64,
+        header: &mut Header,
+    ) -> Result<()> {
         let (old_offset, old_bytes) = (self.l1.offset(), self.l1.entries() * 8);
         header.l1_table_offset = self.copy_l1(io, entries, size).await?;
         header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);

@@ -9,7 +9,10 @@
 //!   the disk.
 //! * `crypt`: encryption.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
+//! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
+//!   dirty bitmaps. `extras`: all three on an opened image.
 
+mod bitmaps;
 mod change;
 pub mod check;
 mod claims;
@@ -17,6 +20,7 @@ mod compressed;
 mod counts;
 pub mod create;
 mod crypt;
+mod extras;
 mod flush;
 pub mod header;
 pub mod info;
@@ -27,6 +31,7 @@ pub mod repair;
 mod slices;
 pub mod snapshot;
 mod tables;
+mod vm_state;
 mod write;
 
 use std::sync::{
@@ -35,22 +40,15 @@ use std::sync::{
 };
 
 use self::{
-    claims::Claims,
-    compressed::Decompressed,
-    crypt::Crypt,
-    flush::Pending,
-    header::Header,
-    info::{BitmapEntry, image_info, read_bitmaps},
-    l2::Geometry,
-    refcount::Refcounts,
-    slices::SliceCache,
-    snapshot::SnapshotTable,
-    tables::L1,
+    bitmaps::Bitmaps, claims::Claims, compressed::Decompressed, crypt::Crypt, flush::Pending,
+    header::Header, info::image_info, l2::Geometry, refcount::Refcounts, slices::SliceCache,
+    snapshot::SnapshotTable, tables::L1,
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
     crypto::{KeyChange, Unlock},
     encryption::Encryption,
+    extras::ImageExtras,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
     sync::{Coalescer, LocalFuture, lock},
@@ -80,7 +78,7 @@ pub(crate) struct Qcow2 {
     geometry: Geometry,
     header: Mutex<Header>,
     snapshots: Mutex<SnapshotTable>,
-    bitmaps: Vec<BitmapEntry>,
+    bitmaps: Bitmaps,
     size: AtomicU64,
     l1: L1,
     slices: SliceCache,
@@ -116,7 +114,7 @@ impl Qcow2 {
             io.sync(file).await?;
         }
         let snapshots = SnapshotTable::read(io, file, &header).await?;
-        let bitmaps = read_bitmaps(io, file, &header).await?;
+        let bitmaps = Bitmaps::read(io, file, &header, options.writable).await?;
         let geometry = Geometry::new(header.cluster_bits, header.version);
         let table = read_refcount_table(io, file, &header).await?;
         let refcounts = Refcounts::new(
@@ -131,6 +129,9 @@ impl Qcow2 {
             ),
             io.file_len(file)?,
         );
+        if options.writable {
+            bitmaps.mark_in_use(io, file, &header).await?;
+        }
         Ok(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             file,
@@ -213,7 +214,11 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        let mut info = image_info(&lock(&self.header), &lock(&self.snapshots), &self.bitmaps);
+        let mut info = image_info(
+            &lock(&self.header),
+            &lock(&self.snapshots),
+            &self.bitmaps.entries(),
+        );
         self.crypt.describe(&mut info);
         info
     }
@@ -320,6 +325,10 @@ impl Image for Qcow2 {
 
     fn change_keys<'a>(&'a self, io: &'a Io, change: &'a KeyChange) -> LocalFuture<'a, Result<()>> {
         Box::pin(self.crypt.change_keys(io, change))
+    }
+
+    fn extras(&self) -> Option<&dyn ImageExtras> {
+        Some(self)
     }
 
     fn close<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {

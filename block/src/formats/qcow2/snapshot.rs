@@ -134,6 +134,7 @@ impl Snapshot {
             date_nsec: self.date_nsec,
             vm_clock_nsec: self.vm_clock_nsec,
             disk_size: self.disk_size().unwrap_or(disk_size),
+            icount: self.icount(),
         }
     }
 

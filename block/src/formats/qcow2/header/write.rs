@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Autoclear bits whose data this version keeps correct while it writes.
-const MAINTAINED_AUTOCLEAR: Autoclear = Autoclear(0);
+const MAINTAINED_AUTOCLEAR: Autoclear = Autoclear::BITMAPS;
 
 impl Header {
     /// The header of a new image: version 2 or 3, nothing allocated, QEMU's feature name table.

@@ -14,7 +14,7 @@ use crate::{
     Error, FileId, Result,
     formats::qcow2::{
         counts::write_counts,
-        header::{Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
+        header::{Autoclear, Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
         l2::{COPIED, Entry, Geometry, OFFSET_MASK, decode},
         read_refcount_table,
         refcount::Refcounts,
@@ -25,22 +25,7 @@ use crate::{
 /// Runs of clusters after which reference counts are written, so that they do not fill the memory.
 const RELIEVE: usize = 1 << 16;
 
-/// What the caller knows of a new snapshot.
-#[derive(Clone, Debug, Default)]
-pub struct NewSnapshot {
-    /// The name.
-    pub name: String,
-    /// Seconds since 1970.
-    pub date_sec: u32,
-    /// Nanoseconds within the second.
-    pub date_nsec: u32,
-    /// Guest run time in nanoseconds.
-    pub vm_clock_nsec: u64,
-    /// Bytes of VM state, written behind the disk before.
-    pub vm_state_size: u64,
-    /// The record/replay instruction count, where there is one.
-    pub icount: Option<u64>,
-}
+pub use crate::extras::NewSnapshot;
 
 /// Makes a snapshot in an image that is not open. Returns its id.
 ///
@@ -61,6 +46,10 @@ pub async fn create_offline(io: &Io, file: FileId, new: &NewSnapshot) -> Result<
 /// [`NotFound`](crate::ErrorKind::NotFound), and as [`create_offline`].
 pub async fn apply_offline(io: &Io, file: FileId, id_or_name: &str) -> Result<()> {
     let (mut header, counts) = open(io, file).await?;
+    if header.autoclear_features.contains(Autoclear::BITMAPS) {
+        // They say what was written since; that would not be true any more.
+        return Err(Error::invalid_argument("Device has active dirty bitmaps"));
+    }
     Editor::new(io, file, &mut header, &counts)
         .apply(id_or_name)
         .await
@@ -140,6 +129,7 @@ impl<'a> Editor<'a> {
 
     /// Makes a snapshot of the disk and returns its id.
     pub(in crate::formats::qcow2) async fn create(&mut self, new: &NewSnapshot) -> Result<String> {
+        self.check_data_file()?;
         let mut table = SnapshotTable::read(self.io, self.file, self.header).await?;
         if table.snapshots.len() >= MAX_SNAPSHOTS as usize {
             return Err(Error::invalid_argument(format!(
@@ -202,6 +192,7 @@ impl<'a> Editor<'a> {
 
     /// Makes the disk what it was at a snapshot; its size too.
     pub(in crate::formats::qcow2) async fn apply(&mut self, id_or_name: &str) -> Result<()> {
+        self.check_data_file()?;
         let table = SnapshotTable::read(self.io, self.file, self.header).await?;
         let at = table
             .find(id_or_name)
@@ -258,6 +249,7 @@ impl<'a> Editor<'a> {
 
     /// Deletes a snapshot.
     pub(in crate::formats::qcow2) async fn delete(&mut self, id_or_name: &str) -> Result<()> {
+        self.check_data_file()?;
         let mut table = SnapshotTable::read(self.io, self.file, self.header).await?;
         let at = table
             .find(id_or_name)
@@ -281,6 +273,16 @@ impl<'a> Editor<'a> {
         self.write_counts().await?;
         self.set_copied(&active).await?;
         self.end().await
+    }
+
+    /// Nobody counts the references to clusters of an external data file.
+    fn check_data_file(&self) -> Result<()> {
+        if self.header.has(Incompatible::DATA_FILE) {
+            return Err(Error::unsupported(
+                "internal snapshots: expected an image without an external data file",
+            ));
+        }
+        Ok(())
     }
 
     async fn active_l1(&self) -> Result<Vec<u64>> {
