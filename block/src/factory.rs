@@ -166,6 +166,12 @@ impl Opener<'_> {
         }
     }
 
+    /// Whether the image so many levels below the top is opened for writing.
+    fn is_writable(&self, depth: usize) -> bool {
+        let wanted = depth == 0 || self.options.writable_depth == Some(depth);
+        wanted && !self.options.read_only
+    }
+
     async fn probe(&self, id: FileId) -> Result<Option<Recognised>> {
         let mut probe = Probe::default();
         for range in detect::probed_ranges(self.io.file_len(id)?) {
@@ -197,7 +203,7 @@ impl Opener<'_> {
         Box::pin(async move {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
-            let writable = top && !self.options.read_only;
+            let writable = self.is_writable(above.len());
             let mut header = Header::read(self.io, id).await?;
             header.check_supported(writable).map_err(named)?;
             if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
@@ -251,7 +257,8 @@ impl Opener<'_> {
         above: Vec<Option<(u64, u64)>>,
     ) -> Result<Option<Arc<dyn Image>>> {
         let host = &*self.io.core.host;
-        let options = self.options.file_options(false);
+        let writable = self.is_writable(above.len());
+        let options = self.options.file_options(writable);
         let (file, recorded) = match &self.options.backing {
             Backing::None if top => return Ok(None),
             Backing::Override(backing, format) if top => (host.open(backing, options)?, *format),
@@ -260,6 +267,9 @@ impl Opener<'_> {
                     return Ok(None);
                 };
                 let format = match header.backing_format() {
+                    _ if top && self.options.backing_format.is_some() => {
+                        self.options.backing_format
+                    }
                     Some(name) => Some(named_format(&name).map_err(|error| error.path(path))?),
                     None => None,
                 };
@@ -281,7 +291,10 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        if file.identity().is_some() && above.contains(&file.identity()) {
+        if file
+            .identity()
+            .is_some_and(|file| above.contains(&Some(file)))
+        {
             return Err(Error::invalid_image(format!(
                 "backing file: {} is already in the chain above",
                 file.path().display()
@@ -289,7 +302,7 @@ impl Opener<'_> {
             .path(path));
         }
         let locking = self.options.effective_locking();
-        lock_image(&file, false, locking, self.options.lock_wait)?;
+        lock_image(&file, writable, locking, self.options.lock_wait)?;
         let id = self.io.core.add_file(file, FileRole::Clusters);
         let format = match recorded {
             Some(format) => format,
@@ -315,7 +328,7 @@ impl Opener<'_> {
 
     /// Opens a LUKS volume, `depth` levels down.
     async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
-        let writable = depth == 0 && !self.options.read_only;
+        let writable = self.is_writable(depth);
         let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
             .await
             .map_err(|error| error.path(&self.io.file_path(id)))?;

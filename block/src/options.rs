@@ -105,10 +105,12 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) backing_format: Option<Format>,
     pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
     /// Of the image, then of each image below.
     pub(crate) keys: Vec<Option<Secret>>,
@@ -134,10 +136,12 @@ impl Default for OpenOptions {
             discard: DiscardPolicy::Unmap,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            writable_depth: None,
             lock_wait: Duration::ZERO,
             keys: Vec::new(),
             locked: false,
@@ -250,6 +254,14 @@ impl OpenOptions {
         self
     }
 
+    /// Take the backing file that the header names for an image of this format, whatever format the
+    /// header records.
+    #[must_use]
+    pub fn backing_format(mut self, format: Format) -> Self {
+        self.backing_format = Some(format);
+        self
+    }
+
     /// Show the disk as it was at an internal snapshot, by id or name. Needs
     /// [`read_only`](Self::read_only).
     #[must_use]
@@ -277,6 +289,14 @@ impl OpenOptions {
     #[must_use]
     pub fn allow_corrupt(mut self, allow: bool) -> Self {
         self.allow_corrupt = allow;
+        self
+    }
+
+    /// Open the image that many levels down the backing chain for writing, too, and lock it so: for
+    /// [`maintenance::commit`](crate::maintenance::commit). 0 stands for none.
+    #[must_use]
+    pub fn writable_backing(mut self, depth: usize) -> Self {
+        self.writable_depth = (depth > 0).then_some(depth);
         self
     }
 
