@@ -170,6 +170,11 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
     let backing = options
         .get("backing_file")
         .is_some_and(|name| !name.is_empty());
+    if backing && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
     if backing && options.get("backing_fmt").is_none() {
         return Err(Failure::new(
             "Use of backing file requires explicit backing format",

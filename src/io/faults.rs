@@ -8,8 +8,8 @@ use std::{
 use block::faults::{Event, Faults};
 
 use crate::{
-    grumble,
     io::{Said, lang::Parsed, queue::Opened},
+    say,
 };
 
 /// How long `wait_break` waits for a request that may never come.
@@ -25,7 +25,7 @@ fn rules(opened: &Opened) -> Result<Arc<Faults>, Said> {
 
 fn tell(faults: &Faults) {
     for line in faults.take_told() {
-        grumble!("blkdebug: {line}");
+        say!("blkdebug: {line}");
     }
 }
 

@@ -6,6 +6,7 @@ use crate::util::size::{self, SizeError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verb {
     Abort,
+    AioDiscard,
     AioFlush,
     AioRead,
     AioWrite,
@@ -91,6 +92,7 @@ macro_rules! command {
 #[rustfmt::skip]
 pub(crate) const COMMANDS: &[Command] = &[
     command!(Abort, "abort", "", 0..Some(0), "", "", "simulate a program crash using abort(3)", image false, writes false),
+    command!(AioDiscard, "aio_discard", "", 2..None, "Cq", "[-Cq] off len", "asynchronously discards a number of bytes", image true, writes true),
     command!(AioFlush, "aio_flush", "", 0..Some(0), "", "", "completes all outstanding aio requests", image true, writes false),
     command!(AioRead, "aio_read", "", 2..None, "CP:iqrv", "[-Ciqrv] [-P pattern] off len [len..]", "asynchronously reads a number of bytes", image true, writes false),
     command!(AioWrite, "aio_write", "", 2..None, "CfiP:qruz", "[-Cfiqruz] [-P pattern] off len [len..]", "asynchronously writes a number of bytes", image true, writes true),

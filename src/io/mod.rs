@@ -308,6 +308,7 @@ impl Session {
             Verb::Write => transfer::write(opened, command, &parsed, false),
             Verb::Writev => transfer::write(opened, command, &parsed, true),
             Verb::AioRead => transfer::aio_read(opened, command, &parsed),
+            Verb::AioDiscard => transfer::aio_discard(opened, command, &parsed),
             Verb::AioWrite => transfer::aio_write(opened, command, &parsed),
             Verb::Discard => transfer::discard(opened, command, &parsed),
             Verb::Flush => control::flush(opened),
