@@ -222,9 +222,6 @@ fn check(args: &ConvertArgs) -> Outcome<()> {
     if args.no_create && !args.options.is_empty() {
         return refuse("-o has no effect when skipping image creation");
     }
-    if args.no_create && args.backing.is_some() {
-        return refuse("-B has no effect when skipping image creation");
-    }
     if args.target_is_zero && !args.no_create {
         return refuse("--target-is-zero requires use of -n flag");
     }

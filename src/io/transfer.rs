@@ -336,7 +336,7 @@ pub(super) fn aio_discard(
     let (offset, len) = range(command, args)?;
     let pending = Pending {
         name: "aio_discard",
-        verb: "discard",
+        verb: "discarded ",
         style: Style {
             dump: false,
             ..style(args)
