@@ -10,6 +10,7 @@ use clap_complete::Shell;
 
 use crate::{
     bench::BenchArgs,
+    bitmap::BitmapArgs,
     check::CheckArgs,
     compare::CompareArgs,
     convert::ConvertArgs,
@@ -72,6 +73,7 @@ enum PlatterCommand {
 
 #[derive(Subcommand, Debug)]
 enum ImageCommand {
+    Bitmap(BitmapArgs),
     Check(CheckArgs),
     Compare(CompareArgs),
     Convert(Box<ConvertArgs>),
@@ -144,6 +146,7 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
 
 fn run_image(command: ImageCommand, persona: Persona) -> Outcome {
     match command {
+        ImageCommand::Bitmap(args) => crate::bitmap::run(&args, persona),
         ImageCommand::Check(args) => crate::check::run(&args, persona),
         ImageCommand::Compare(args) => crate::compare::run(&args, persona),
         ImageCommand::Convert(args) => crate::convert::run(&args, persona),

@@ -7,6 +7,7 @@
 
 mod app;
 mod bench;
+mod bitmap;
 mod check;
 mod compare;
 mod convert;

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     create::parse_size,
     image::{
+        bitmaps,
         open::{self, OpenHow, ShareArgs},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -122,11 +123,26 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
             return Err(Failure::new(format!("Unknown file format '{format}'")));
         }
     };
+    let version3 = !matches!(options.get("compat"), Some("0.10" | "v2"));
+    let bitmaps = match &source {
+        Some(disk) if args.target_format == "qcow2" && version3 && bitmaps::supported(&**disk) => {
+            let list = disk.extras().bitmaps();
+            Some(bitmaps::space(&list, virtual_size, cluster))
+        }
+        _ => None,
+    };
     if args.output == "json" {
-        json::print(&json!({"required": required, "fully-allocated": full}));
+        let mut all = json!({"required": required, "fully-allocated": full});
+        if let (Some(bytes), Some(map)) = (bitmaps, all.as_object_mut()) {
+            map.insert("bitmaps".into(), bytes.into());
+        }
+        json::print(&all);
     } else {
         say!("required size: {required}");
         say!("fully allocated size: {full}");
+        if let Some(bytes) = bitmaps {
+            say!("bitmaps size: {bytes}");
+        }
     }
     Ok(0)
 }

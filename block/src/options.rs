@@ -84,6 +84,18 @@ pub(crate) enum Backing {
     Override(PathBuf, Option<Format>),
 }
 
+/// Which internal snapshot to show.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotName {
+    /// By id, or else by name.
+    Either(String),
+    /// By what is given of both.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
 /// How to open a disk. Start with [`OpenOptions::new`], end with
 /// [`open`](OpenOptions::open).
 #[derive(Clone, Debug)]
@@ -100,7 +112,7 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
-    pub(crate) snapshot: Option<String>,
+    pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
@@ -244,7 +256,18 @@ impl OpenOptions {
     /// [`read_only`](Self::read_only).
     #[must_use]
     pub fn snapshot(mut self, id_or_name: &str) -> Self {
-        self.snapshot = Some(id_or_name.to_owned());
+        self.snapshot = Some(SnapshotName::Either(id_or_name.to_owned()));
+        self
+    }
+
+    /// Show the disk as it was at the internal snapshot with this id and this name, whichever are
+    /// given. Needs [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn snapshot_by(mut self, id: Option<&str>, name: Option<&str>) -> Self {
+        self.snapshot = Some(SnapshotName::Exactly {
+            id: id.map(str::to_owned),
+            name: name.map(str::to_owned),
+        });
         self
     }
 

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Error, ErrorKind, FileGate, Format,
-    Locking, OpenOptions, io::EngineKind,
+    Locking, OpenOptions, image::SnapshotInfo, io::EngineKind,
 };
 use clap::Args;
 
@@ -48,11 +48,45 @@ pub(crate) struct OpenHow {
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
     /// Show this internal snapshot.
-    pub(crate) snapshot: Option<String>,
+    pub(crate) snapshot: Option<SnapshotChoice>,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
     /// Open files that the image names only if its own format was named.
     pub(crate) named_files_need_format: bool,
+}
+
+/// Which internal snapshot is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotChoice {
+    /// By id or else by name.
+    Either(String),
+    /// By id, by name, or both: all that is given must match.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
+impl SnapshotChoice {
+    /// Reads `snapshot.id=ID,snapshot.name=NAME`, one of them, or a bare id or name.
+    pub(crate) fn parse(text: &str) -> Self {
+        let mut pairs = KeyVals::parse(text, None);
+        match (pairs.take("snapshot.id"), pairs.take("snapshot.name")) {
+            (None, None) => Self::Either(text.to_owned()),
+            (id, name) => Self::Exactly { id, name },
+        }
+    }
+
+    /// Whether it is this one.
+    pub(crate) fn is(&self, snapshot: &SnapshotInfo) -> bool {
+        match self {
+            Self::Either(text) => snapshot.id == *text || snapshot.name == *text,
+            Self::Exactly { id, name } => {
+                id.as_ref().is_none_or(|id| snapshot.id == *id)
+                    && name.as_ref().is_none_or(|name| snapshot.name == *name)
+            }
+        }
+    }
 }
 
 impl OpenHow {
@@ -145,9 +179,13 @@ pub(crate) fn open_quietly(
     if let Some(bytes) = caches.bytes {
         open = open.metadata_cache_size(bytes);
     }
-    if let Some(name) = &how.snapshot {
-        open = open.snapshot(name);
-    }
+    open = match &how.snapshot {
+        None => open,
+        Some(SnapshotChoice::Either(text)) => open.snapshot(text),
+        Some(SnapshotChoice::Exactly { id, name }) => {
+            open.snapshot_by(id.as_deref(), name.as_deref())
+        }
+    };
     if let Some(backing) = &how.backing {
         open = open.backing(&backing.path, backing.format);
     }
