@@ -293,7 +293,8 @@ impl OpenOptions {
         self
     }
 
-    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    /// How long to wait for the lock of an image that another process holds; by default a moment, for one that was just
+    /// killed.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;

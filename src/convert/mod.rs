@@ -286,7 +286,7 @@ fn open_snapshot(
     text: &str,
     persona: Persona,
 ) -> Outcome<Box<dyn AsyncDiskFile>> {
-    let chosen = SnapshotChoice::parse(text);
+    let chosen = SnapshotChoice::parse(text).map_err(Failure::new)?;
     let how = OpenHow {
         snapshot: Some(chosen.clone()),
         ..how.clone()

@@ -69,11 +69,17 @@ pub(crate) enum SnapshotChoice {
 
 impl SnapshotChoice {
     /// Reads `snapshot.id=ID,snapshot.name=NAME`, one of them, or a bare id or name.
-    pub(crate) fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        if !text.starts_with("snapshot.") {
+            return Ok(Self::Either(text.to_owned()));
+        }
         let mut pairs = KeyVals::parse(text, None);
-        match (pairs.take("snapshot.id"), pairs.take("snapshot.name")) {
-            (None, None) => Self::Either(text.to_owned()),
-            (id, name) => Self::Exactly { id, name },
+        let (id, name) = (pairs.take("snapshot.id"), pairs.take("snapshot.name"));
+        match pairs.first_key() {
+            None => Ok(Self::Exactly { id, name }),
+            Some(key) => Err(format!(
+                "Invalid parameter '{key}': failed in parsing snapshot param '{text}'"
+            )),
         }
     }
 
@@ -332,10 +338,15 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
     }
     let text = match of_host {
         Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),
-        _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => format!(
-            "Failed to get \"write\" lock\nIs another process using the image [{}]?",
-            file.display()
-        ),
+        _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => {
+            let text = error.message();
+            let end = text.find(" (is another").unwrap_or(text.len());
+            format!(
+                "{}\nIs another process using the image [{}]?",
+                &text[..end],
+                file.display()
+            )
+        }
         _ if persona.is_qemu() => {
             // The library adds which field has which value.
             let text = error.message();
