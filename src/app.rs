@@ -9,9 +9,11 @@ use clap::{
 use clap_complete::Shell;
 
 use crate::{
+    amend::AmendArgs,
     bench::BenchArgs,
     bitmap::BitmapArgs,
     check::CheckArgs,
+    commit::CommitArgs,
     compare::CompareArgs,
     convert::ConvertArgs,
     create::CreateArgs,
@@ -22,6 +24,7 @@ use crate::{
     io::IoArgs,
     map::MapArgs,
     measure::MeasureArgs,
+    rebase::RebaseArgs,
     resize::ResizeArgs,
     serve::ServeArgs,
     snapshot::SnapshotArgs,
@@ -74,7 +77,9 @@ enum PlatterCommand {
 #[derive(Subcommand, Debug)]
 enum ImageCommand {
     Bitmap(BitmapArgs),
+    Amend(AmendArgs),
     Check(CheckArgs),
+    Commit(CommitArgs),
     Compare(CompareArgs),
     Convert(Box<ConvertArgs>),
     Create(CreateArgs),
@@ -82,6 +87,7 @@ enum ImageCommand {
     Info(InfoArgs),
     Map(MapArgs),
     Measure(MeasureArgs),
+    Rebase(RebaseArgs),
     Resize(ResizeArgs),
     Snapshot(SnapshotArgs),
 }
@@ -147,6 +153,9 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
 fn run_image(command: ImageCommand, persona: Persona) -> Outcome {
     match command {
         ImageCommand::Bitmap(args) => crate::bitmap::run(&args, persona),
+        ImageCommand::Amend(args) => crate::amend::run(&args, persona),
+        ImageCommand::Commit(args) => crate::commit::run(&args, persona),
+        ImageCommand::Rebase(args) => crate::rebase::run(&args, persona),
         ImageCommand::Check(args) => crate::check::run(&args, persona),
         ImageCommand::Compare(args) => crate::compare::run(&args, persona),
         ImageCommand::Convert(args) => crate::convert::run(&args, persona),

@@ -5,10 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+mod amend;
 mod app;
 mod bench;
 mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -19,6 +21,7 @@ mod info;
 mod io;
 mod map;
 mod measure;
+mod rebase;
 mod resize;
 mod serve;
 mod snapshot;

@@ -123,6 +123,16 @@ impl Disk {
         Ok(())
     }
 
+    /// The image at the top.
+    pub(crate) fn image(&self) -> &Arc<dyn crate::image::Image> {
+        &self.shared.served.image
+    }
+
+    /// What tells whether two disks have the same file.
+    pub(crate) fn identity(&self, file: FileId) -> Option<(u64, u64)> {
+        self.shared.core.file(file).ok()?.file.identity()
+    }
+
     /// Serves one request on the calling thread.
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
@@ -142,7 +152,7 @@ impl Disk {
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
     /// meanwhile.
-    fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
         let core = &self.shared.core;
         self.shared.contexts.block_on(core, async move |io| {
             let pin = loop {

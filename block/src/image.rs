@@ -382,6 +382,35 @@ pub trait Image: Send + Sync {
         })
     }
 
+    /// Makes the header name another backing file, or none; what is below this image stays open as it
+    /// is. Everything that was written before is durable first. The disk is drained.
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        let _ = (io, name, format);
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
+            )))
+        })
+    }
+
+    /// Forgets everything the image itself holds, so that all of the disk is what the backing file
+    /// has. The disk is drained.
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        let _ = io;
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
+            )))
+        })
+    }
+
     /// Snapshots, VM state and bitmaps, where the format keeps them.
     fn extras(&self) -> Option<&dyn ImageExtras> {
         None

@@ -33,6 +33,7 @@ pub mod host;
 pub mod image;
 pub mod io;
 mod locking;
+pub mod maintenance;
 pub mod offline;
 pub mod options;
 mod queue;

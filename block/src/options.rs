@@ -19,7 +19,7 @@ pub enum CacheMode {
     None,
     /// Direct I/O; every change is durable before it completes.
     DirectSync,
-    /// Page cache; flushes are ignored. A power cut may lose or corrupt everything.
+    /// Page cache; nothing is ever synced. The death of the host may lose or corrupt everything.
     Unsafe,
 }
 
@@ -113,9 +113,11 @@ pub struct OpenOptions {
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
     pub(crate) snapshot: Option<SnapshotName>,
+    pub(crate) backing_format: Option<Format>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
 }
 
@@ -138,10 +140,12 @@ impl Default for OpenOptions {
             discard: DiscardPolicy::Unmap,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            writable_depth: None,
             lock_wait: Duration::ZERO,
         }
     }
@@ -252,6 +256,14 @@ impl OpenOptions {
         self
     }
 
+    /// Take the backing file that the header names for an image of this format, whatever format the
+    /// header records.
+    #[must_use]
+    pub fn backing_format(mut self, format: Format) -> Self {
+        self.backing_format = Some(format);
+        self
+    }
+
     /// Show the disk as it was at an internal snapshot, by id or name. Needs
     /// [`read_only`](Self::read_only).
     #[must_use]
@@ -293,8 +305,16 @@ impl OpenOptions {
         self
     }
 
-    /// How long to wait for the lock of an image that another process holds; by default a moment, for one that was just
-    /// killed.
+    /// Open the image that many levels down the backing chain for writing, too, and lock it so: for
+    /// [`maintenance::commit`](crate::maintenance::commit). 0 stands for none.
+    #[must_use]
+    pub fn writable_backing(mut self, depth: usize) -> Self {
+        self.writable_depth = (depth > 0).then_some(depth);
+        self
+    }
+
+    /// How long to wait for the lock of an image that another process holds; by default a moment, for
+    /// one that was just killed.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;

@@ -169,6 +169,7 @@ impl QueueInner {
                 };
                 let allowed = self.served.policy.allows_direct_write() && !self.is_guarded(range);
                 let intent = Intent::WriteInPlace;
+                let fua = fua && !self.io.never_syncs();
                 match if allowed {
                     self.try_direct(request.id, range, buffers, pin, intent, fua)
                 } else {

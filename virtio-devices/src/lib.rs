@@ -11,6 +11,8 @@
 //! A device sees a disk only through [`block::AsyncDiskFile`] and [`block::io::AsyncIo`]; it knows
 //! neither the image format nor the engine.
 
+pub mod ahci;
+pub mod ata;
 mod error;
 pub mod histogram;
 mod interrupt;

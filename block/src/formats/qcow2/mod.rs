@@ -11,6 +11,7 @@
 //! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
 //!   dirty bitmaps. `extras`: all three on an opened image.
 
+pub mod amend;
 mod bitmaps;
 mod change;
 pub mod check;
@@ -305,6 +306,19 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.name_backing(io, name, format))
+    }
+
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.empty_clusters(io))
     }
 
     fn extras(&self) -> Option<&dyn ImageExtras> {
