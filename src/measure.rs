@@ -2,7 +2,7 @@
 
 use block::{DiskFile, Format};
 use clap::Args;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::{
     create::parse_size,
@@ -52,6 +52,16 @@ pub(crate) struct MeasureArgs {
     /// The source
     #[arg(value_name = "FILE")]
     files: Vec<String>,
+}
+
+/// What was found, with QEMU's names.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Measured {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<u64>,
+    required: u64,
+    fully_allocated: u64,
 }
 
 /// Runs the command.
@@ -132,10 +142,11 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
         _ => None,
     };
     if args.output == "json" {
-        let mut all = json!({"required": required, "fully-allocated": full});
-        if let (Some(bytes), Some(map)) = (bitmaps, all.as_object_mut()) {
-            map.insert("bitmaps".into(), bytes.into());
-        }
+        let all = Measured {
+            bitmaps,
+            required,
+            fully_allocated: full,
+        };
         json::print(&all);
     } else {
         say!("required size: {required}");

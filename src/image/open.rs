@@ -82,7 +82,7 @@ impl SnapshotChoice {
         match pairs.first_key() {
             None => Ok(Self::Exactly { id, name }),
             Some(key) => Err(format!(
-                "Invalid parameter '{key}': failed in parsing snapshot param '{text}'"
+                "Invalid parameter '{key}'\nFailed in parsing snapshot param '{text}'"
             )),
         }
     }
