@@ -17,6 +17,7 @@ mod error;
 pub mod histogram;
 mod interrupt;
 mod memory;
+pub mod nvme;
 pub mod stats;
 pub mod testing;
 pub mod virtio;
@@ -24,5 +25,5 @@ pub mod virtio_blk;
 pub mod worker;
 
 pub use error::{Error, Result};
-pub use interrupt::Interrupt;
+pub use interrupt::{Interrupt, VectorInterrupt};
 pub use memory::MemorySource;
