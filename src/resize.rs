@@ -9,6 +9,7 @@ use clap::Args;
 use crate::{
     grumble,
     image::{
+        bitmaps,
         open::{self, OpenHow},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -100,7 +101,7 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
              Before performing such an operation, make sure there is no important data there.",
         ));
     }
-    let failed = |error: block::Error| Failure::new(error.message());
+    let failed = |error: block::Error| Failure::new(bitmaps::explain(&error, persona));
     if wanted < current && preallocation.is_some() {
         return Err(Failure::new(
             "Preallocation can't be used for shrinking an image",
