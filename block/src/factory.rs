@@ -205,6 +205,8 @@ impl Opener<'_> {
             let options = Qcow2Options {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
+                data_file: None,
+                discard_no_unref: self.options.discard_no_unref,
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
                 .await

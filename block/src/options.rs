@@ -98,6 +98,7 @@ pub struct OpenOptions {
     pub(crate) locking: Locking,
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
+    pub(crate) discard_no_unref: bool,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
     pub(crate) snapshot: Option<String>,
@@ -124,6 +125,7 @@ impl Default for OpenOptions {
             locking: Locking::Auto,
             force_share: false,
             discard: DiscardPolicy::Unmap,
+            discard_no_unref: false,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
             snapshot: None,
@@ -212,6 +214,14 @@ impl OpenOptions {
     #[must_use]
     pub fn discard(mut self, policy: DiscardPolicy) -> Self {
         self.discard = policy;
+        self
+    }
+
+    /// A discard gives host space back, but its clusters stay with the guest's and are not used for
+    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`.
+    #[must_use]
+    pub fn discard_no_unref(mut self, keep: bool) -> Self {
+        self.discard_no_unref = keep;
         self
     }
 

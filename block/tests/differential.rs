@@ -52,6 +52,8 @@ struct Round {
     image: PathBuf,
     options: String,
     cluster: u64,
+    /// What a discard can forget by itself: a cluster, or a subcluster.
+    unit: u64,
     version_2: bool,
     backing: u64,
     backing_format: &'static str,
@@ -93,6 +95,10 @@ impl Round {
                 if rng.one_in(4) { "on" } else { "off" }
             );
         }
+        let extended = !version_2 && cluster >= 16384 && rng.one_in(2);
+        if extended {
+            options += ",extended_l2=on";
+        }
         let engine = rng.pick(&EngineKind::ALL);
         Self {
             seed,
@@ -100,6 +106,7 @@ impl Round {
             dir,
             options,
             cluster,
+            unit: if extended { cluster / 32 } else { cluster },
             version_2,
             backing: match rng.below(4) {
                 0 => size,
@@ -187,17 +194,17 @@ impl Round {
         (start, (len * self.cluster).min(self.size() - start))
     }
 
-    /// The part of a discarded range that becomes zero.
-    fn discarded(&mut self, start: u64, len: u64) {
+    /// The part of a discarded range that becomes zero: what there is of whole units.
+    fn discarded(&mut self, start: u64, len: u64, unit: u64) {
         if self.version_2 && self.backing > 0 {
             return;
         }
         let end = start + len;
-        let first = start.next_multiple_of(self.cluster);
+        let first = start.next_multiple_of(unit);
         let last = if end == self.size() {
             end
         } else {
-            end / self.cluster * self.cluster
+            end / unit * unit
         };
         if first < last {
             self.model[first as usize..last as usize].fill(0);
@@ -223,7 +230,7 @@ impl Round {
                     commands.push(format!("write -z -u {start} {len}"));
                 }
                 2 if !(self.version_2 && self.backing > 0) => {
-                    self.discarded(start, len);
+                    self.discarded(start, len, self.cluster);
                     commands.push(format!("discard {start} {len}"));
                 }
                 4 => commands.push("flush".into()),
@@ -322,7 +329,7 @@ impl Round {
                     }
                 }
                 2 => {
-                    self.discarded(start, len);
+                    self.discarded(start, len, self.unit);
                     RequestOp::Discard { offset: start, len }
                 }
                 3 => RequestOp::Flush,

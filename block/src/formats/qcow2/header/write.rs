@@ -268,9 +268,6 @@ impl Header {
         if self.has(Incompatible::DATA_FILE) {
             return refuse("external data file");
         }
-        if self.has(Incompatible::EXTENDED_L2) {
-            return refuse("extended L2 entries");
-        }
         match self.crypt_method {
             CryptMethod::None => {}
             CryptMethod::Aes => return refuse("AES encryption"),
