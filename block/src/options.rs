@@ -101,6 +101,7 @@ pub struct OpenOptions {
     pub(crate) discard_no_unref: bool,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) data_file: Option<PathBuf>,
     pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
@@ -128,6 +129,7 @@ impl Default for OpenOptions {
             discard_no_unref: false,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            data_file: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
@@ -247,6 +249,14 @@ impl OpenOptions {
     #[must_use]
     pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
         self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Use this data file instead of the one the header names. The gate does not apply to it. Only for
+    /// an image whose data is in a file of its own; QEMU's `data-file`.
+    #[must_use]
+    pub fn data_file(mut self, path: &Path) -> Self {
+        self.data_file = Some(path.to_owned());
         self
     }
 

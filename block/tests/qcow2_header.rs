@@ -239,23 +239,6 @@ fn unknown_features_are_named_from_the_images_own_table() {
 #[test]
 fn what_is_not_done_yet_refuses_by_name() {
     let dir = temp_dir();
-    for (options, feature) in [
-        ("data_file=FILE", "external data file"),
-        ("extended_l2=on", "extended L2 entries"),
-    ] {
-        let data = dir.path().join("data");
-        let options = options.replace("FILE", data.to_str().unwrap());
-        let path = qemu_create(&dir, "x.qcow2", &options, "1M");
-        let header = header(&path);
-        for writable in [false, true] {
-            let error = header.check_supported(writable).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Unsupported);
-            assert_eq!(
-                error.message(),
-                format!("Unsupported qcow2 feature(s): {feature}")
-            );
-        }
-    }
     let luks = dir.path().join("luks.qcow2");
     tool(
         "qemu-img",

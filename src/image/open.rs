@@ -47,6 +47,10 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// Use this data file, whatever the header names.
+    pub(crate) data_file: Option<String>,
+    /// Discarded clusters stay with their guest clusters.
+    pub(crate) discard_no_unref: bool,
     /// Show this internal snapshot.
     pub(crate) snapshot: Option<String>,
     /// Complete a change only when killing the process cannot lose it.
@@ -125,6 +129,7 @@ pub(crate) fn open_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .discard_no_unref(how.discard_no_unref)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
         } else {
@@ -147,6 +152,9 @@ pub(crate) fn open_quietly(
     }
     if let Some(name) = &how.snapshot {
         open = open.snapshot(name);
+    }
+    if let Some(path) = &how.data_file {
+        open = open.data_file(Path::new(path));
     }
     if let Some(backing) = &how.backing {
         open = open.backing(&backing.path, backing.format);
@@ -178,6 +186,9 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     }
     if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
         how.direct = direct;
+    }
+    if let Some(keep) = switch("discard-no-unref")? {
+        how.discard_no_unref = keep;
     }
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
@@ -229,6 +240,10 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
                 ));
             }
         };
+    }
+    options.take("data-file.driver");
+    if let Some(path) = options.take("data-file.filename") {
+        how.data_file = Some(path);
     }
     let backing = (
         options.take("backing.driver"),

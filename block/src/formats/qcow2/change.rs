@@ -52,7 +52,9 @@ impl Qcow2 {
         }
         let (mut start, end) = self.whole_units(range);
         while start < end {
-            let done = self.change_units(io, start, end, Becomes::Discarded).await?;
+            let done = self
+                .change_units(io, start, end, Becomes::Discarded)
+                .await?;
             // A part of a compressed cluster stays as it is.
             let cluster = self.geometry.cluster(GuestOffset(done));
             start = self.geometry.start(cluster + 1);
@@ -209,7 +211,9 @@ impl Qcow2 {
         let size = self.geometry.cluster_size();
         self.geometry.units(
             run.start.0.max(start) - start,
-            run.end().min(start.saturating_add(size)).saturating_sub(start),
+            run.end()
+                .min(start.saturating_add(size))
+                .saturating_sub(start),
         )
     }
 
@@ -333,7 +337,9 @@ impl Qcow2 {
             };
             let size = self.geometry.cluster_size();
             hole = match (hole, host) {
-                (Some((start, len)), Some(host)) if start + len == host => Some((start, len + size)),
+                (Some((start, len)), Some(host)) if start + len == host => {
+                    Some((start, len + size))
+                }
                 (before, host) => {
                     if let Some((start, len)) = before {
                         let mode = FallocateMode::PunchHole;

@@ -2,7 +2,8 @@
 //! blocks, L1 table; with preallocation L2 tables and data clusters follow.
 
 use super::header::{
-    Autoclear, Compatible, CompressionType, ExtensionType, Header, Incompatible, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE,
+    Autoclear, Compatible, CompressionType, ExtensionType, Header, Incompatible, MAX_L1_SIZE,
+    MAX_REFCOUNT_TABLE_SIZE,
 };
 use crate::{
     Error, FileId, Result,
@@ -421,9 +422,7 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
             .insert(Incompatible::EXTENDED_L2);
     }
     if let Some(name) = &options.data_file {
-        header
-            .incompatible_features
-            .insert(Incompatible::DATA_FILE);
+        header.incompatible_features.insert(Incompatible::DATA_FILE);
         if options.data_file_raw {
             header.autoclear_features.insert(Autoclear::DATA_FILE_RAW);
         }

@@ -92,7 +92,11 @@ impl Geometry {
 
     /// All units of a cluster.
     pub(super) fn all_units(&self) -> Units {
-        if self.extended { Units(u32::MAX) } else { Units(1) }
+        if self.extended {
+            Units(u32::MAX)
+        } else {
+            Units(1)
+        }
     }
 
     /// The units from `start` to `end`, bytes inside one cluster, that lie there at least in part.
@@ -393,7 +397,11 @@ pub(super) fn decode(raw: L2Entry, cluster: u64, geometry: &Geometry) -> Result<
     let word = raw.word;
     if word & COMPRESSED != 0 {
         if geometry.data_file {
-            return Err(bad_entry(raw, cluster, "no compressed cluster with a data file"));
+            return Err(bad_entry(
+                raw,
+                cluster,
+                "no compressed cluster with a data file",
+            ));
         }
         let shift = 62 - (geometry.cluster_bits - 8);
         let offset = word & ((1 << shift) - 1);
@@ -562,7 +570,10 @@ mod tests {
         };
         assert_eq!(piece(1), (Piece::Unallocated(Some(host + 1)), unit - 1));
         assert_eq!(piece(unit), (Piece::Data(host + unit), 2 * unit));
-        assert_eq!(piece(3 * unit + 5), (Piece::Zero(Some(host + 3 * unit + 5)), unit - 5));
+        assert_eq!(
+            piece(3 * unit + 5),
+            (Piece::Zero(Some(host + 3 * unit + 5)), unit - 5)
+        );
         assert_eq!(
             piece(4 * unit),
             (Piece::Unallocated(Some(host + 4 * unit)), 28 * unit)

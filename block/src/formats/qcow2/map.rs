@@ -288,7 +288,9 @@ impl Qcow2 {
             return self.status_below(io, run).await;
         }
         // What goes on in the same way, contiguous in the file where that matters.
-        let mut rest = self.until(range, self.geometry.slice_end(cluster)).skip(len);
+        let mut rest = self
+            .until(range, self.geometry.slice_end(cluster))
+            .skip(len);
         while rest.len > 0 {
             let next = self.geometry.cluster(rest.start);
             let part = self.until(rest, next + 1);

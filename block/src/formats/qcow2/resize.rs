@@ -40,6 +40,7 @@ impl Qcow2 {
                 self.move_l1(io, entries, size, &mut header).await?;
             }
             self.clear_growth(io, old_size, size).await?;
+            self.grow_data_file(io, size).await?;
         }
         self.settle(io).await?;
         header.size = size;
@@ -53,6 +54,19 @@ impl Qcow2 {
         }
         self.size.store(size, Ordering::Release);
         *lock(&self.header) = header;
+        if self.raw_data && size < old_size {
+            // A raw disk is as long as its file. What is too long is too late to be an error.
+            if let Err(error) = io.set_len(self.data_file, size).await {
+                tracing::warn!(%error, "the data file is longer than the disk");
+            }
+        }
+        Ok(())
+    }
+
+    async fn grow_data_file(&self, io: &Io, size: u64) -> Result<()> {
+        if self.data_file != self.file && io.file_len(self.data_file)? < size {
+            io.set_len(self.data_file, size).await?;
+        }
         Ok(())
     }
 

@@ -147,6 +147,11 @@ impl<'a> Editor<'a> {
                 table.snapshots.len()
             )));
         }
+        if self.geometry.data_file {
+            return Err(Error::unsupported(
+                "snapshots of an image with an external data file",
+            ));
+        }
         if self.header.refcount_order == 0 {
             return Err(Error::invalid_argument(
                 "snapshots need reference counts of more than 1 bit",
