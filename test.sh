@@ -21,7 +21,7 @@ logs=$PWD/.cache/test
 all_sections="setup format lint docs unit differential iotests guest"
 
 # Programs that the tests need on the machine itself, and the packages that have them.
-host_packages="cc:gcc ld:binutils python3:python3 xz:xz-utils"
+host_packages="losetup:mount cc:gcc ld:binutils python3:python3 xz:xz-utils"
 # Test programs of the root package that have a section of their own.
 lab_tests="guest vhost_client"
 

@@ -97,6 +97,8 @@ fn options() -> Result<Option<Options>> {
 enum Front {
     Async,
     Virtio,
+    /// With guest memory pinned.
+    Pinned,
 }
 
 /// A load inside this process.
@@ -118,6 +120,7 @@ impl Load {
             front: match front {
                 "async" => Front::Async,
                 "virtio" => Front::Virtio,
+                "pinned" => Front::Pinned,
                 _ => return Err(unknown("front").into()),
             },
             format: Format::from_name(format).ok_or_else(|| unknown("format"))?,
@@ -227,16 +230,20 @@ fn start(path: &Path, load: Load) -> Result<Any> {
     let disk = open(path, load.format, load.work.direct)?;
     Ok(match load.front {
         Front::Async => Any::Straight(Straight::new(&disk, load.work)?),
-        Front::Virtio => Any::Virtio(Box::new(Virtio::new(Box::new(disk), load.work)?)),
+        Front::Virtio | Front::Pinned => {
+            let pin = load.front == Front::Pinned;
+            Any::Virtio(Box::new(Virtio::new(Box::new(disk), load.work, pin)?))
+        }
     })
 }
 
-/// The three comparisons.
+/// The comparisons.
 #[derive(Clone, Copy)]
 enum Kind {
     RawWithFio,
     Qcow2WithRaw,
     VirtioWithAsync,
+    PinnedWithVirtio,
 }
 
 fn row(kind: Kind, work: Work, images: &Images, options: &Options) -> Result<Option<Row>> {
@@ -244,6 +251,7 @@ fn row(kind: Kind, work: Work, images: &Images, options: &Options) -> Result<Opt
         Kind::RawWithFio => ("raw", 0.9),
         Kind::Qcow2WithRaw => ("qcow2", 0.85),
         Kind::VirtioWithAsync => ("virtio-blk", 0.85),
+        Kind::PinnedWithVirtio => ("pinned memory", 1.0),
     };
     let name = format!(
         "{what} {} {}",
@@ -276,11 +284,16 @@ fn row(kind: Kind, work: Work, images: &Images, options: &Options) -> Result<Opt
             load(Front::Virtio, Format::Raw)?,
             Box::new(load(Front::Async, Format::Raw)?),
         ),
+        Kind::PinnedWithVirtio => (
+            load(Front::Pinned, Format::Raw)?,
+            Box::new(load(Front::Virtio, Format::Raw)?),
+        ),
     };
     let (ours_name, peer_name) = match kind {
         Kind::RawWithFio => ("RawAsync", "fio"),
         Kind::Qcow2WithRaw => ("Qcow2Async", "RawAsync"),
         Kind::VirtioWithAsync => ("virtio-blk", "AsyncIo"),
+        Kind::PinnedWithVirtio => ("pinned", "virtio-blk"),
     };
     let contest = Contest {
         name: &name,
@@ -323,7 +336,12 @@ fn main() -> Result<()> {
     if !options.json {
         println!("{HEAD}");
     }
-    for kind in [Kind::RawWithFio, Kind::Qcow2WithRaw, Kind::VirtioWithAsync] {
+    for kind in [
+        Kind::RawWithFio,
+        Kind::Qcow2WithRaw,
+        Kind::VirtioWithAsync,
+        Kind::PinnedWithVirtio,
+    ] {
         for direct in [true, false] {
             for direction in [Direction::Read, Direction::Write] {
                 let work = Work {

@@ -139,7 +139,7 @@ fn describe(disk: &dyn DiskFile) -> Value {
     }
     if !info.snapshots.is_empty() {
         let list = info.snapshots.iter().map(|snapshot| {
-            json!({
+            let mut one = json!({
                 "id": snapshot.id,
                 "name": snapshot.name,
                 "vm-state-size": snapshot.vm_state_size,
@@ -147,8 +147,11 @@ fn describe(disk: &dyn DiskFile) -> Value {
                 "date-nsec": snapshot.date_nsec,
                 "vm-clock-sec": snapshot.vm_clock_nsec / 1_000_000_000,
                 "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
-                "icount": 0,
-            })
+            });
+            if let (Some(count), Some(map)) = (snapshot.icount, one.as_object_mut()) {
+                map.insert("icount".into(), count.into());
+            }
+            one
         });
         map.insert("snapshots".into(), list.collect());
     }

@@ -86,6 +86,10 @@ struct VhostUserBlkArgs {
     /// Survive SIGKILL without losing a completed request
     #[arg(long)]
     restartable: bool,
+    /// Pin guest memory once instead of for every request: faster with --direct; the memory cannot
+    /// be swapped out or given back by a balloon
+    #[arg(long)]
+    pin_memory: bool,
     /// End after the first connection
     #[arg(long)]
     once: bool,
@@ -129,6 +133,7 @@ fn vhost_user_blk(args: &VhostUserBlkArgs, persona: Persona) -> Outcome {
             queue_size: args.queue_size,
             serial: args.serial.clone(),
             read_only: args.read_only,
+            pin_memory: args.pin_memory,
             ..VirtioBlkConfig::default()
         },
         once: args.once,

@@ -229,7 +229,7 @@ impl Virtio {
     ///
     /// # Errors
     /// The disk's and the device's.
-    pub fn new(disk: Box<dyn AsyncDiskFile>, work: Work) -> Result<Self> {
+    pub fn new(disk: Box<dyn AsyncDiskFile>, work: Work, pin_memory: bool) -> Result<Self> {
         // Reads every mapping table.
         drop(Straight::new(&*disk, work)?);
         let len = DATA + work.block * u64::from(work.depth);
@@ -250,6 +250,7 @@ impl Virtio {
             disk,
             VirtioBlkConfig {
                 queue_size,
+                pin_memory,
                 ..VirtioBlkConfig::default()
             },
         )?;

@@ -13,6 +13,7 @@ use std::{
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
+    extras::DiskExtras,
     hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
     io::{
@@ -41,7 +42,7 @@ pub(crate) struct Shared {
 /// An opened disk of any format. Clones share everything; the last one to go closes the image.
 #[derive(Clone)]
 pub struct Disk {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 /// No request is in flight on the disk, and new ones wait, until this is dropped.
@@ -58,6 +59,11 @@ impl Disk {
         contexts: Contexts,
         engine: EngineKind,
     ) -> Self {
+        if let Some(extras) = served.image.extras()
+            && !extras.bitmaps().is_empty()
+        {
+            served.hooks.attach_once(extras.recorder());
+        }
         Self {
             shared: Arc::new(Shared {
                 core,
@@ -117,6 +123,16 @@ impl Disk {
         Ok(())
     }
 
+    /// The image at the top.
+    pub(crate) fn image(&self) -> &Arc<dyn crate::image::Image> {
+        &self.shared.served.image
+    }
+
+    /// What tells whether two disks have the same file.
+    pub(crate) fn identity(&self, file: FileId) -> Option<(u64, u64)> {
+        self.shared.core.file(file).ok()?.file.identity()
+    }
+
     /// Serves one request on the calling thread.
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
@@ -136,7 +152,7 @@ impl Disk {
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
     /// meanwhile.
-    fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
         let core = &self.shared.core;
         self.shared.contexts.block_on(core, async move |io| {
             let pin = loop {
@@ -190,6 +206,13 @@ impl Shared {
         })
     }
 
+    /// Tells everybody who wants to know.
+    pub(crate) fn resized(&self, size: u64) {
+        for listener in &*lock(&self.listeners) {
+            listener(size);
+        }
+    }
+
     fn close(&self) -> Result<()> {
         if self.closing.swap(true, Ordering::AcqRel) {
             return Ok(());
@@ -199,10 +222,8 @@ impl Shared {
         let core = &self.core;
         let result = self.with_drained(async move |io| {
             self.served.closed.store(true, Ordering::Release);
-            if writable && !self.served.policy.ignore_flush {
+            if writable {
                 image.close(io).await
-            } else if writable {
-                image.write_back(io).await
             } else {
                 Ok(())
             }
@@ -329,9 +350,7 @@ impl DiskFile for Disk {
         let image = &self.shared.served.image;
         self.with_drained(async |io| image.resize(io, size).await)
             .map_err(|error| error.operation("resize").path(self.path()))?;
-        for listener in &*lock(&self.shared.listeners) {
-            listener(size);
-        }
+        self.shared.resized(size);
         Ok(())
     }
 
@@ -365,6 +384,10 @@ impl DiskFile for Disk {
             return Ok(());
         }
         self.write_at(data, offset)
+    }
+
+    fn extras(&self) -> &dyn DiskExtras {
+        self
     }
 
     fn close(&self) -> Result<()> {
@@ -535,6 +558,9 @@ impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
     }
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
         self.disk.write_compressed(data, offset)
+    }
+    fn extras(&self) -> &dyn DiskExtras {
+        self.disk.extras()
     }
     fn close(&self) -> Result<()> {
         self.disk.close()

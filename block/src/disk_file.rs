@@ -10,6 +10,7 @@ use std::path::Path;
 
 use crate::{
     Format, Result,
+    extras::{DiskExtras, NoExtras},
     image::{BlockStatus, ImageInfo},
     io::AsyncIo,
 };
@@ -136,6 +137,11 @@ pub trait DiskFile: Send + Sync {
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) where the format has no compression.
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()>;
+
+    /// Snapshots, VM state and bitmaps.
+    fn extras(&self) -> &dyn DiskExtras {
+        &NoExtras
+    }
 
     /// Flushes and closes: caches are written, locks released. Dropping does the same but cannot
     /// report an error.

@@ -82,7 +82,7 @@ impl OpenOptions {
     fn open_named(&self, path: &Path, host: Arc<dyn Host>) -> Result<Disk> {
         self.check()?;
         let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
-        let core = DiskCore::new(path, host, pool);
+        let core = DiskCore::new(path, host, pool, self.cache_mode == CacheMode::Unsafe);
         let contexts = Contexts::default();
         let file = core.host.open(path, self.file_options(!self.read_only))?;
         lock_image(
@@ -103,7 +103,6 @@ impl OpenOptions {
                 discard: self.discard,
                 detect_zeroes: self.detect_zeroes,
                 write_through: self.is_write_through(),
-                ignore_flush: self.cache_mode == CacheMode::Unsafe,
                 restartable: self.restartable,
             },
             guard: (opened.guessed_raw && !self.read_only).then(RawGuard::default),
@@ -166,6 +165,12 @@ impl Opener<'_> {
         }
     }
 
+    /// Whether the image so many levels below the top is opened for writing.
+    fn is_writable(&self, depth: usize) -> bool {
+        let wanted = depth == 0 || self.options.writable_depth == Some(depth);
+        wanted && !self.options.read_only
+    }
+
     async fn probe(&self, id: FileId) -> Result<Option<Recognised>> {
         let mut probe = Probe::default();
         for range in detect::probed_ranges(self.io.file_len(id)?) {
@@ -191,12 +196,12 @@ impl Opener<'_> {
         &self,
         id: FileId,
         top: bool,
-        mut above: Vec<(u64, u64)>,
+        mut above: Vec<Option<(u64, u64)>>,
     ) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
         Box::pin(async move {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
-            let writable = top && !self.options.read_only;
+            let writable = self.is_writable(above.len());
             let mut header = Header::read(self.io, id).await?;
             header.check_supported(writable).map_err(named)?;
             if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
@@ -204,8 +209,8 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
-            above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
-            let data_file = self.open_data_file(&header, &path, top, &mut above)?;
+            above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
+            let data_file = self.open_data_file(&header, &path, (top, writable), &above)?;
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
@@ -238,6 +243,8 @@ impl Opener<'_> {
         header.size = snapshot.disk_size().unwrap_or(header.size);
         header.l1_size = snapshot.l1_size;
         header.l1_table_offset = snapshot.l1_table_offset;
+        // Bitmaps are about the disk as it is now.
+        header.autoclear_features.remove(Autoclear::BITMAPS);
         header.check_l1()
     }
 
@@ -247,8 +254,8 @@ impl Opener<'_> {
         &self,
         header: &Header,
         path: &Path,
-        top: bool,
-        above: &mut Vec<(u64, u64)>,
+        (top, writable): (bool, bool),
+        above: &[Option<(u64, u64)>],
     ) -> Result<Option<FileId>> {
         let named = |error: Error| {
             Error::with_message(error.kind(), format!("data file: {error}"))
@@ -266,7 +273,6 @@ impl Opener<'_> {
             };
         }
         let host = &*self.io.core.host;
-        let writable = top && !self.options.read_only;
         let options = self.options.file_options(writable);
         let file = match (given, header.data_file_name()) {
             (Some(given), _) => host.open(given, options),
@@ -278,15 +284,13 @@ impl Opener<'_> {
             }
         }
         .map_err(named)?;
-        let identity = file.identity();
-        if identity.is_some_and(|file| above.contains(&file)) {
+        if file.identity().is_some() && above.contains(&file.identity()) {
             return Err(Error::invalid_image(format!(
                 "data file: {} is an image of this chain",
                 file.path().display()
             ))
             .path(path));
         }
-        above.extend(identity);
         let locking = self.options.effective_locking();
         lock_image(&file, writable, locking, self.options.lock_wait)?;
         let raw = header.autoclear_features.contains(Autoclear::DATA_FILE_RAW);
@@ -306,10 +310,11 @@ impl Opener<'_> {
         header: &Header,
         path: &Path,
         top: bool,
-        above: Vec<(u64, u64)>,
+        above: Vec<Option<(u64, u64)>>,
     ) -> Result<Option<Arc<dyn Image>>> {
         let host = &*self.io.core.host;
-        let options = self.options.file_options(false);
+        let writable = self.is_writable(above.len());
+        let options = self.options.file_options(writable);
         let (file, recorded) = match &self.options.backing {
             Backing::None if top => return Ok(None),
             Backing::Override(backing, format) if top => (host.open(backing, options)?, *format),
@@ -318,6 +323,9 @@ impl Opener<'_> {
                     return Ok(None);
                 };
                 let format = match header.backing_format() {
+                    _ if top && self.options.backing_format.is_some() => {
+                        self.options.backing_format
+                    }
                     Some(name) => Some(named_format(&name).map_err(|error| error.path(path))?),
                     None => None,
                 };
@@ -339,7 +347,10 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        if file.identity().is_some_and(|file| above.contains(&file)) {
+        if file
+            .identity()
+            .is_some_and(|file| above.contains(&Some(file)))
+        {
             return Err(Error::invalid_image(format!(
                 "backing file: {} is already in the chain above",
                 file.path().display()
@@ -347,7 +358,7 @@ impl Opener<'_> {
             .path(path));
         }
         let locking = self.options.effective_locking();
-        lock_image(&file, false, locking, self.options.lock_wait)?;
+        lock_image(&file, writable, locking, self.options.lock_wait)?;
         let id = self.io.core.add_file(file, FileRole::Clusters);
         let format = match recorded {
             Some(format) => format,

@@ -46,6 +46,19 @@ impl Hooks {
         self.any.store(true, Ordering::Release);
     }
 
+    /// Attaches a hook that may be attached already. The caller drained the disk.
+    pub(crate) fn attach_once(&self, hook: Arc<dyn Hook>) {
+        let list = self
+            .list
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let there = list.iter().any(|other| Arc::ptr_eq(other, &hook));
+        drop(list);
+        if !there {
+            self.attach(hook);
+        }
+    }
+
     /// Detaches a hook. The caller drained the disk.
     pub(crate) fn detach(&self, hook: &Arc<dyn Hook>) {
         let mut list = self

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    extras::ImageExtras,
     io::{Buffers, Io},
     sync::LocalFuture,
     table::MapCache,
@@ -243,6 +244,8 @@ pub struct SnapshotInfo {
     pub vm_clock_nsec: u64,
     /// Disk size at the snapshot, in bytes.
     pub disk_size: u64,
+    /// The record/replay instruction count, where there is one.
+    pub icount: Option<u64>,
 }
 
 /// What a format implements. One implementation serves the sync and the async variant, and every
@@ -377,6 +380,40 @@ pub trait Image: Send + Sync {
                 "{format} images have no compressed clusters"
             )))
         })
+    }
+
+    /// Makes the header name another backing file, or none; what is below this image stays open as it
+    /// is. Everything that was written before is durable first. The disk is drained.
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        let _ = (io, name, format);
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
+            )))
+        })
+    }
+
+    /// Forgets everything the image itself holds, so that all of the disk is what the backing file
+    /// has. The disk is drained.
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        let _ = io;
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
+            )))
+        })
+    }
+
+    /// Snapshots, VM state and bitmaps, where the format keeps them.
+    fn extras(&self) -> Option<&dyn ImageExtras> {
+        None
     }
 
     /// Flushes and puts the file into the state of a cleanly closed image. The disk is drained.

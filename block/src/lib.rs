@@ -19,9 +19,12 @@
 
 pub mod codec;
 mod detect;
+pub mod dirty;
 pub mod disk;
+mod disk_extras;
 pub mod disk_file;
 pub mod error;
+pub mod extras;
 mod factory;
 pub mod formats;
 pub mod gate;
@@ -30,6 +33,7 @@ pub mod host;
 pub mod image;
 pub mod io;
 mod locking;
+pub mod maintenance;
 pub mod offline;
 pub mod options;
 mod queue;
@@ -38,9 +42,11 @@ mod sync;
 mod table;
 pub mod types;
 
+pub use dirty::DirtyBits;
 pub use disk::{Disk, DrainGuard, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
 pub use disk_file::{AsyncDiskFile, Capabilities, DiskFile, DiskTopology};
 pub use error::{Error, ErrorKind, Result};
+pub use extras::{BitmapChange, BitmapInfo, DiskExtras, NewSnapshot};
 pub use factory::open_disk_file;
 pub use gate::FileGate;
 pub use host::HostDisk;

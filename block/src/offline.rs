@@ -72,7 +72,7 @@ pub fn with_file_on<T>(
     work: impl AsyncFnOnce(&Io, FileId) -> Result<T>,
 ) -> Result<T> {
     let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
-    let core = DiskCore::new(path, host, pool);
+    let core = DiskCore::new(path, host, pool, false);
     let file = open_in(&core, path, options)?;
     let driver = Driver::new(core.host.engine(options.engine, 64)?)?;
     let io = Io::new(&driver, &core)?;

@@ -19,7 +19,7 @@ pub enum CacheMode {
     None,
     /// Direct I/O; every change is durable before it completes.
     DirectSync,
-    /// Page cache; flushes are ignored. A power cut may lose or corrupt everything.
+    /// Page cache; nothing is ever synced. The death of the host may lose or corrupt everything.
     Unsafe,
 }
 
@@ -102,10 +102,12 @@ pub struct OpenOptions {
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
     pub(crate) data_file: Option<PathBuf>,
+    pub(crate) backing_format: Option<Format>,
     pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
 }
 
@@ -130,10 +132,12 @@ impl Default for OpenOptions {
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
             data_file: None,
+            backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            writable_depth: None,
             lock_wait: Duration::ZERO,
         }
     }
@@ -260,6 +264,14 @@ impl OpenOptions {
         self
     }
 
+    /// Take the backing file that the header names for an image of this format, whatever format the
+    /// header records.
+    #[must_use]
+    pub fn backing_format(mut self, format: Format) -> Self {
+        self.backing_format = Some(format);
+        self
+    }
+
     /// Show the disk as it was at an internal snapshot, by id or name. Needs
     /// [`read_only`](Self::read_only).
     #[must_use]
@@ -287,6 +299,14 @@ impl OpenOptions {
     #[must_use]
     pub fn allow_corrupt(mut self, allow: bool) -> Self {
         self.allow_corrupt = allow;
+        self
+    }
+
+    /// Open the image that many levels down the backing chain for writing, too, and lock it so: for
+    /// [`maintenance::commit`](crate::maintenance::commit). 0 stands for none.
+    #[must_use]
+    pub fn writable_backing(mut self, depth: usize) -> Self {
+        self.writable_depth = (depth > 0).then_some(depth);
         self
     }
 

@@ -20,8 +20,9 @@ use crate::{
     hooks::Mutation,
     image::{Extent, ExtentKind, Extents, Intent},
     io::{
-        AsyncIo, Buffers, Completion, Driver, EngineFile, Eof, FileView, InFlight, Io, Key, NewOp,
-        OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
+        AsyncIo, Buffers, Completion, Driver, EngineFile, Eof, FileView, InFlight, Io, Key,
+        MemoryRegions, NewOp, OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab,
+        is_aligned,
     },
     serve::{self, Served},
 };
@@ -168,6 +169,7 @@ impl QueueInner {
                 };
                 let allowed = self.served.policy.allows_direct_write() && !self.is_guarded(range);
                 let intent = Intent::WriteInPlace;
+                let fua = fua && !self.io.never_syncs();
                 match if allowed {
                     self.try_direct(request.id, range, buffers, pin, intent, fua)
                 } else {
@@ -571,6 +573,10 @@ impl AsyncIo for Queue {
             owner,
         );
         Ok(())
+    }
+
+    fn register_memory(&mut self, memory: MemoryRegions) -> bool {
+        self.driver().register_memory(memory)
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {

@@ -28,8 +28,6 @@ pub(crate) struct Policy {
     pub(crate) detect_zeroes: DetectZeroes,
     /// Every change is durable before it completes.
     pub(crate) write_through: bool,
-    /// Flushes are not passed on.
-    pub(crate) ignore_flush: bool,
     /// Tables are written, in crash order, before the change that needs them completes.
     pub(crate) restartable: bool,
 }
@@ -106,7 +104,7 @@ pub(crate) async fn serve(served: &Served, io: &Io, op: &RequestOp) -> Result<()
             buffers,
             fua,
         } => {
-            let durable = *fua || served.policy.write_through;
+            let durable = (*fua || served.policy.write_through) && !io.never_syncs();
             write(served, io, *offset, buffers, durable).await
         }
         RequestOp::Flush => flush(served, io).await,
@@ -131,9 +129,6 @@ pub(crate) async fn serve(served: &Served, io: &Io, op: &RequestOp) -> Result<()
 
 /// Makes everything that completed before durable.
 pub(crate) async fn flush(served: &Served, io: &Io) -> Result<()> {
-    if served.policy.ignore_flush {
-        return Ok(());
-    }
     served.image.flush(io).await
 }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use block::{
-    AsyncDiskFile, Disk, DiskFile, ErrorKind, Format, OpenOptions,
+    AsyncDiskFile, CacheMode, Disk, DiskFile, ErrorKind, Format, OpenOptions,
     formats::qcow2::{
         check::{CheckReport, Repair, check},
         create::{CreateOptions, Preallocation, create},
@@ -912,5 +912,47 @@ fn a_truncated_image_fails_and_does_not_panic() {
         let _ = disk.flush();
         let _ = disk.close();
         let _ = file.write_at(&[0], 0);
+    }
+}
+
+#[test]
+fn unsafe_syncs_nothing_and_keeps_everything() {
+    for format in [Format::Raw, Format::Qcow2] {
+        let host = SimHost::new(SimConfig::seeded(5));
+        let path = Path::new("disk.img");
+        if format == Format::Raw {
+            host.create(path, &[0; 1 << 20]);
+        } else {
+            let image = CreateOptions {
+                size: 1 << 20,
+                ..CreateOptions::default()
+            };
+            let shared: Arc<dyn Host> = Arc::new(host.clone());
+            with_file_on(shared, path, OfflineOptions::create(), async |io, file| {
+                create(io, file, &image).await
+            })
+            .unwrap();
+        }
+        let open = |mode| {
+            OpenOptions::new()
+                .format(format)
+                .cache_mode(mode)
+                .open_on(path, Arc::new(host.clone()))
+                .unwrap()
+        };
+        let before = host.stats().syncs;
+        let disk = open(CacheMode::Unsafe);
+        let data = vec![7; 100_000];
+        disk.write_at(&data, 5_000).unwrap();
+        disk.flush().unwrap();
+        disk.write_zeroes(60_000, 10_000, true).unwrap();
+        disk.close().unwrap();
+        assert_eq!(host.stats().syncs, before, "{format}");
+        let disk = open(CacheMode::WriteBack);
+        let mut got = vec![0; data.len()];
+        disk.read_at(&mut got, 5_000).unwrap();
+        let mut expected = data;
+        expected[55_000..65_000].fill(0);
+        assert!(got == expected, "{format}");
     }
 }

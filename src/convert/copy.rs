@@ -59,6 +59,8 @@ struct Copy<'a> {
     to_write: Vec<Request>,
     done: u64,
     reaped: Vec<Completion>,
+    /// Buffers of a whole chunk, to be filled again: new ones cost a page fault a page.
+    spare: Vec<AlignedBuf>,
 }
 
 /// Copies everything.
@@ -97,6 +99,7 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
             to_write: Vec::new(),
             done: 0,
             reaped: Vec::new(),
+            spare: Vec::new(),
         };
         copy.run()
     })
@@ -149,7 +152,7 @@ impl Copy<'_> {
                 Kind::Zero => State::Read(AlignedBuf::zeroed(run.len as usize)),
                 Kind::Data => {
                     let id = self.first + self.chunks.len() as u64;
-                    let buffers = Buffers::owned(AlignedBuf::zeroed(run.len as usize));
+                    let buffers = Buffers::owned(self.buffer(run.len));
                     let offset = run.offset;
                     let op = RequestOp::Read { offset, buffers };
                     self.reads[run.source].push(Request { id, op });
@@ -159,6 +162,17 @@ impl Copy<'_> {
             self.chunks.push_back(Chunk { run, state });
         }
         Ok(())
+    }
+
+    fn buffer(&mut self, len: u64) -> AlignedBuf {
+        let spare = if len == CHUNK { self.spare.pop() } else { None };
+        spare.unwrap_or_else(|| AlignedBuf::zeroed(len as usize))
+    }
+
+    fn keep(&mut self, buf: AlignedBuf) {
+        if buf.len() as u64 == CHUNK && self.spare.len() < self.job.parallel {
+            self.spare.push(buf);
+        }
     }
 
     fn push_zero_pieces(&mut self, run: &Run) {
@@ -234,6 +248,7 @@ impl Copy<'_> {
             }
             at += len;
         }
+        self.keep(buf);
         self.to_write.len() - before
     }
 
@@ -301,6 +316,9 @@ impl Copy<'_> {
             }
             if let State::Writing(left) = &mut chunk.state {
                 *left -= 1;
+            }
+            if let Some(buf) = completion.buffers.and_then(Buffers::into_owned) {
+                self.keep(buf);
             }
         }
         self.reaped = reaped;

@@ -38,7 +38,10 @@ fn line(snapshot: &SnapshotInfo) -> String {
         snapshot.id,
         snapshot.name,
         size::human(snapshot.vm_state_size),
-        0
+        snapshot
+            .icount
+            .map(|count| count.to_string())
+            .unwrap_or_default()
     )
 }
 
@@ -53,6 +56,7 @@ mod tests {
             name: "foo".into(),
             vm_clock_nsec: 3_723_004_000_000,
             date_sec: 1_795_229_618,
+            icount: Some(0),
             ..SnapshotInfo::default()
         });
         assert_eq!(&text[..33], "1       foo                   0 B");

@@ -11,10 +11,13 @@
 //! A device sees a disk only through [`block::AsyncDiskFile`] and [`block::io::AsyncIo`]; it knows
 //! neither the image format nor the engine.
 
+pub mod ahci;
+pub mod ata;
 mod error;
 pub mod histogram;
 mod interrupt;
 mod memory;
+pub mod nvme;
 pub mod stats;
 pub mod testing;
 pub mod virtio;
@@ -22,5 +25,5 @@ pub mod virtio_blk;
 pub mod worker;
 
 pub use error::{Error, Result};
-pub use interrupt::Interrupt;
+pub use interrupt::{Interrupt, VectorInterrupt};
 pub use memory::MemorySource;

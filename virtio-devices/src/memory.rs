@@ -2,10 +2,24 @@
 
 use std::sync::Arc;
 
+use block::{ErrorKind, io::Buffers};
+use smallvec::SmallVec;
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryResult,
-    Permissions, VolatileSlice, bitmap::BS, guest_memory::GuestMemorySliceIterator,
+    Permissions, VolatileSlice,
+    bitmap::{BS, Bitmap},
+    guest_memory::GuestMemorySliceIterator,
 };
+
+/// A run of guest memory that a request names. Nothing says that it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub(crate) address: GuestAddress,
+    pub(crate) len: u32,
+}
+
+/// Guest memory of a request; most need no allocation.
+pub(crate) type Data = SmallVec<[Segment; 4]>;
 
 /// Where a queue gets the guest's memory map from: an `Arc` for one that never changes, a
 /// [`GuestMemoryAtomic`] for one that does. It is asked once a batch.
@@ -153,6 +167,81 @@ impl<'m, M: GuestMemory> Window<'m, M> {
         if let Some(slice) = first {
             self.slice = Some(slice);
             self.start = start;
+        }
+    }
+}
+
+/// Guest memory for the requests of one batch.
+pub(crate) struct BatchMemory<'m, M: GuestMemory> {
+    /// Rings, headers, indirect tables.
+    pub(crate) control: Window<'m, QueueMemory<M>>,
+    /// Data, often in another region.
+    pub(crate) data: Option<Window<'m, QueueMemory<M>>>,
+    pub(crate) data_from: u64,
+    pub(crate) memory: &'m Arc<QueueMemory<M>>,
+}
+
+impl<'m, M: GuestMemory + Send + Sync + 'static> BatchMemory<'m, M> {
+    /// For one batch; the windows start where the last batch's ended up.
+    pub(crate) fn new(memory: &'m Arc<QueueMemory<M>>, control_from: u64, data_from: u64) -> Self {
+        Self {
+            control: Window::new(&**memory, control_from),
+            data: None,
+            data_from,
+            memory,
+        }
+    }
+
+    /// Where the windows ended up.
+    pub(crate) fn ended_at(&self) -> (u64, u64) {
+        let data = self.data.as_ref().map_or(self.data_from, Window::start);
+        (self.control.start(), data)
+    }
+
+    /// The memory of a read or write, for the disk.
+    pub(crate) fn buffers(
+        &mut self,
+        data: &Data,
+        access: Permissions,
+    ) -> Result<Buffers, ErrorKind> {
+        let window = self
+            .data
+            .get_or_insert_with(|| Window::new(&**self.memory, self.data_from));
+        let mut segments = SmallVec::<[(*mut u8, usize); 4]>::new();
+        for segment in data {
+            match window.get(segment.address, segment.len as usize, access) {
+                Some(slice) => segments.push((slice.ptr_guard_mut().as_ptr(), slice.len())),
+                // In pieces, or nowhere.
+                None => return self.buffers_in_pieces(data, access),
+            }
+        }
+        let guard = Arc::clone(self.memory);
+        // SAFETY: each segment was just looked up in the memory that `guard` keeps mapped, and
+        // nobody holds a reference to guest memory.
+        Ok(unsafe { Buffers::from_raw(segments, guard) })
+    }
+
+    fn buffers_in_pieces(&self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
+        let ranges = data
+            .iter()
+            .map(|segment| (segment.address, segment.len as usize));
+        Buffers::guest(self.memory, ranges, access)
+    }
+}
+
+/// Marks what the disk may have filled, because the kernel does not. Free without a bitmap.
+pub(crate) fn mark_dirty<M: GuestMemory>(memory: &M, data: &Data) {
+    if size_of::<BS<'static, M::Bitmap>>() == 0 {
+        return;
+    }
+    for segment in data {
+        let Ok(slices) =
+            memory.get_slices(segment.address, segment.len as usize, Permissions::Write)
+        else {
+            continue;
+        };
+        for slice in slices.flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
         }
     }
 }

@@ -19,21 +19,37 @@
 
 use std::{
     fs::File,
-    io::Read,
+    io::{self, Read},
     mem,
-    os::fd::{AsFd, BorrowedFd},
-    time::Duration,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    time::{Duration, Instant},
 };
 
-use block::io::{AsyncIo, Completion, Request, RequestOp};
+use block::io::{AsyncIo, Completion, MemoryRegions, Request, RequestOp};
 
 use crate::{Error, Result};
 
-/// Requests on their way to the disk.
-#[derive(Debug, Default)]
-pub struct Batch {
+/// The data plane of one disk, and what is on its way there.
+struct Plane {
+    io: Box<dyn AsyncIo>,
     requests: Vec<Request>,
+    in_flight: usize,
+    /// How many requests may wait to be submitted before the front end stops taking more.
     room: usize,
+    /// No more requests come: it goes when the last has ended.
+    detached: bool,
+}
+
+impl Plane {
+    fn make_room(&mut self) {
+        self.room = self.io.capacity().max(1).saturating_sub(self.in_flight);
+    }
+}
+
+/// Requests on their way to the disks. A front end of one disk knows only plane 0.
+#[derive(Default)]
+pub struct Batch {
+    planes: Vec<Option<Plane>>,
 }
 
 impl Batch {
@@ -42,25 +58,128 @@ impl Batch {
     /// is submitted after the next completion.
     #[must_use]
     pub fn room(&self) -> usize {
-        self.room.saturating_sub(self.requests.len())
+        self.room_of(0)
+    }
+
+    /// [`room`](Self::room) of one data plane.
+    #[must_use]
+    pub fn room_of(&self, plane: usize) -> usize {
+        match self.planes.get(plane) {
+            Some(Some(plane)) => plane.room.saturating_sub(plane.requests.len()),
+            _ => 0,
+        }
+    }
+
+    /// Whether every data plane has room.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.planes
+            .iter()
+            .flatten()
+            .all(|plane| plane.requests.len() < plane.room)
     }
 
     /// Adds a request. `id` comes back in [`FrontEnd::complete`]; its top bit must be clear.
     pub fn push(&mut self, id: u64, op: RequestOp) {
+        let pushed = self.push_to(0, id, op);
+        debug_assert!(pushed, "a worker of one disk has plane 0");
+    }
+
+    /// Adds a request for one data plane; returns whether there is such a plane.
+    pub fn push_to(&mut self, plane: usize, id: u64, op: RequestOp) -> bool {
         debug_assert_eq!(id & WATCH, 0, "the top bit of an id is the worker's");
-        self.requests.push(Request { id, op });
+        let Some(Some(plane)) = self.planes.get_mut(plane) else {
+            return false;
+        };
+        plane.requests.push(Request { id, op });
+        true
+    }
+
+    /// Adds the data plane of one more disk; returns its number.
+    pub fn attach(&mut self, io: Box<dyn AsyncIo>) -> usize {
+        // Whoever drives several disks waits for their notifiers; asking for one says so.
+        let _ = io.notifier();
+        let mut plane = Plane {
+            io,
+            requests: Vec::new(),
+            in_flight: 0,
+            room: 0,
+            detached: false,
+        };
+        plane.make_room();
+        match self.planes.iter().position(Option::is_none) {
+            Some(free) => {
+                self.planes[free] = Some(plane);
+                free
+            }
+            None => {
+                self.planes.push(Some(plane));
+                self.planes.len() - 1
+            }
+        }
+    }
+
+    /// Gives a data plane back once its requests have ended. No more may be pushed to it.
+    pub fn detach(&mut self, plane: usize) {
+        if let Some(Some(plane)) = self.planes.get_mut(plane) {
+            plane.detached = true;
+        }
+        self.drop_detached();
     }
 
     /// The number of requests not yet submitted.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.requests.len()
+        let planes = self.planes.iter().flatten();
+        planes.map(|plane| plane.requests.len()).sum()
     }
 
     /// Whether there is nothing to submit.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.requests.is_empty()
+        self.len() == 0
+    }
+
+    fn in_flight(&self) -> usize {
+        let planes = self.planes.iter().flatten();
+        planes.map(|plane| plane.in_flight).sum()
+    }
+
+    fn make_room(&mut self) {
+        for plane in self.planes.iter_mut().flatten() {
+            plane.make_room();
+        }
+    }
+
+    /// Submits what is there; what does not fit stays for the next time.
+    fn submit(&mut self) -> usize {
+        let mut submitted = 0;
+        for plane in self.planes.iter_mut().flatten() {
+            if !plane.requests.is_empty() {
+                let taken = plane.io.submit(&mut plane.requests);
+                plane.in_flight += taken;
+                submitted += taken;
+            }
+        }
+        submitted
+    }
+
+    /// The data planes of a thread share what is registered.
+    fn register_memory(&mut self, memory: MemoryRegions) {
+        if let Some(plane) = self.planes.iter_mut().flatten().next() {
+            plane.io.register_memory(memory);
+        }
+    }
+
+    fn drop_detached(&mut self) {
+        for place in &mut self.planes {
+            if place
+                .as_ref()
+                .is_some_and(|it| it.detached && it.in_flight == 0 && it.requests.is_empty())
+            {
+                *place = None;
+            }
+        }
     }
 }
 
@@ -89,11 +208,27 @@ pub trait FrontEnd {
     /// Asks the guest for a doorbell and then looks again: whether it has posted something.
     fn rearm(&mut self) -> bool;
 
+    /// Guest memory that the host should pin, if it is not the same as at the last call.
+    fn memory_to_pin(&mut self) -> Option<MemoryRegions> {
+        None
+    }
+
     /// Guest requests taken and not yet posted.
     fn outstanding(&self) -> usize;
 
     /// Forgets what has ended and was not posted: the guest has reset the device.
     fn discard_ended(&mut self);
+
+    /// Goes on with requests that wait for something other than their disk.
+    fn resume(&mut self, batch: &mut Batch) {
+        let _ = batch;
+    }
+
+    /// When [`post`](Self::post) wants to be called again although nothing has happened: an
+    /// interrupt that was held back is due then.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// What is left after [`Worker::process`].
@@ -129,11 +264,11 @@ enum Role {
 /// Drives one front end over one data plane. See the [module](self).
 pub struct Worker<F> {
     // Dropped first: an armed watch needs its descriptor.
-    io: Box<dyn AsyncIo>,
-    front: F,
     batch: Batch,
+    front: F,
     completions: Vec<Completion>,
-    in_flight: usize,
+    /// It waits in the data plane of its only disk, not beside those of several.
+    single: bool,
     watches: Vec<Watch>,
     next_watch: u64,
     stop_seen: bool,
@@ -144,12 +279,27 @@ impl<F: FrontEnd> Worker<F> {
     /// A worker for `front` over `io`, on the thread that made `io`.
     #[must_use]
     pub fn new(front: F, io: Box<dyn AsyncIo>) -> Self {
-        Self {
+        let mut worker = Self::without_disk(front);
+        worker.single = true;
+        worker.batch.planes.push(Some(Plane {
             io,
-            front,
-            batch: Batch::default(),
-            completions: Vec::new(),
+            requests: Vec::new(),
             in_flight: 0,
+            room: 0,
+            detached: false,
+        }));
+        worker
+    }
+
+    /// A worker for a front end that [attaches](Batch::attach) the data planes of its disks, any
+    /// number of them, as it needs them.
+    #[must_use]
+    pub fn without_disk(front: F) -> Self {
+        Self {
+            batch: Batch::default(),
+            front,
+            completions: Vec::new(),
+            single: false,
             watches: Vec::new(),
             next_watch: WATCH,
             stop_seen: false,
@@ -171,30 +321,48 @@ impl<F: FrontEnd> Worker<F> {
     /// Lets the front end start requests outside a drain, for a replay after a restart. They are
     /// submitted by the next [`process`](Self::process).
     pub fn with_batch<R>(&mut self, start: impl FnOnce(&mut F, &mut Batch) -> R) -> R {
-        self.make_room();
+        self.batch.make_room();
         start(&mut self.front, &mut self.batch)
     }
 
     /// Becomes readable when [`process`](Self::process) should be called because requests ended.
+    ///
+    /// # Panics
+    /// For a worker that was made [without a disk](Self::without_disk): it has
+    /// [`notifiers`](Self::notifiers).
     #[must_use]
     pub fn notifier(&self) -> BorrowedFd<'_> {
-        self.io.notifier()
+        match self.batch.planes.first() {
+            Some(Some(plane)) if self.single => plane.io.notifier(),
+            _ => unreachable!("a worker of several disks has notifiers"),
+        }
     }
 
-    /// Block requests at the data plane.
+    /// All that become readable when [`process`](Self::process) should be called. The data planes,
+    /// and with them these, may change with every call of it.
+    pub fn notifiers(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let planes = self.batch.planes.iter().flatten();
+        planes.map(|plane| plane.io.notifier())
+    }
+
+    /// Block requests at the data planes.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.in_flight
+        self.batch.in_flight()
     }
 
     /// Does everything that can be done without waiting.
     pub fn process(&mut self) -> Progress {
         for _ in 0..ROUNDS {
             self.reap();
+            self.front.resume(&mut self.batch);
             self.front.post();
-            self.make_room();
+            self.batch.make_room();
             let drained = self.front.drain(&mut self.batch);
-            let submitted = self.submit();
+            if let Some(memory) = self.front.memory_to_pin() {
+                self.batch.register_memory(memory);
+            }
+            let submitted = self.batch.submit();
             if drained.taken + submitted > 0 {
                 // Some of it may have ended already, without the disk or by an engine that is fast.
                 continue;
@@ -213,6 +381,9 @@ impl<F: FrontEnd> Worker<F> {
     /// # Errors
     /// The host's error when a descriptor cannot be watched or waiting fails.
     pub fn run(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
+        if !self.single {
+            return self.run_beside(kick, stop);
+        }
         self.stop_seen = false;
         for watch in &mut self.watches {
             watch.stale = true;
@@ -231,8 +402,84 @@ impl<F: FrontEnd> Worker<F> {
                 Progress::More => Some(Duration::ZERO),
                 Progress::Idle => self.idle_timeout(),
             };
-            self.io.wait(timeout)?;
+            self.wait(timeout)?;
         }
+    }
+
+    /// [`run`](Self::run) for several disks: waits for their notifiers beside the descriptors.
+    fn run_beside(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
+        let mut doorbell =
+            File::from(
+                kick.try_clone_to_owned()
+                    .map_err(|source| Error::Descriptor {
+                        what: "doorbell",
+                        source,
+                    })?,
+            );
+        loop {
+            let timeout = match self.process() {
+                Progress::More => Some(Duration::ZERO),
+                Progress::Idle => self.idle_timeout(),
+            };
+            let [rung, stopped] = self.wait_beside([kick, stop], timeout)?;
+            if stopped {
+                return Ok(());
+            }
+            if rung {
+                // It is readable and ours alone while we run, so this does not block.
+                let _ = doorbell.read(&mut [0; 8]);
+            }
+        }
+    }
+
+    /// Waits for any data plane.
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<()> {
+        if self.single
+            && let Some(Some(plane)) = self.batch.planes.first_mut()
+        {
+            plane.io.wait(timeout)?;
+            return Ok(());
+        }
+        // What was parked by something else than a disk is looked at again soon.
+        let soon = Duration::from_millis(1);
+        let timeout = timeout.map_or(soon, |timeout| timeout.min(soon));
+        self.wait_beside([], Some(timeout)).map(|_| ())
+    }
+
+    /// Waits for any data plane, or for one of `fds`; returns which of those are readable.
+    fn wait_beside<const N: usize>(
+        &self,
+        fds: [BorrowedFd<'_>; N],
+        timeout: Option<Duration>,
+    ) -> Result<[bool; N]> {
+        let mut list: Vec<libc::pollfd> = fds
+            .into_iter()
+            .chain(self.notifiers())
+            .map(|fd| libc::pollfd {
+                fd: fd.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            })
+            .collect();
+        let timeout = timeout.map_or(-1, |timeout| {
+            i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        // SAFETY: `list` is an array of that many pollfd structures and outlives the call.
+        let ready = unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, timeout) };
+        if ready < 0 {
+            let source = io::Error::last_os_error();
+            if source.kind() != io::ErrorKind::Interrupted {
+                return Err(Error::Descriptor {
+                    what: "waiting for requests",
+                    source,
+                });
+            }
+        }
+        let mut readable = [false; N];
+        for (out, entry) in readable.iter_mut().zip(&list) {
+            *out = entry.revents != 0;
+        }
+        Ok(readable)
     }
 
     /// Takes nothing new from the guest and returns when everything taken has been posted.
@@ -242,13 +489,14 @@ impl<F: FrontEnd> Worker<F> {
     pub fn drain(&mut self) -> Result<()> {
         loop {
             let reaped = self.reap();
-            let submitted = self.submit();
+            self.front.resume(&mut self.batch);
+            let submitted = self.batch.submit();
             let posted = self.front.post();
-            if self.front.outstanding() == 0 && self.in_flight == 0 && self.batch.is_empty() {
+            if self.front.outstanding() == 0 && self.in_flight() == 0 && self.batch.is_empty() {
                 return Ok(());
             }
             if reaped + submitted + posted == 0 {
-                self.io.wait(self.idle_timeout())?;
+                self.wait(self.idle_timeout())?;
             }
         }
     }
@@ -260,54 +508,52 @@ impl<F: FrontEnd> Worker<F> {
     /// The host's error when waiting fails.
     pub fn reset(&mut self) -> Result<()> {
         loop {
-            let moved = self.reap() + self.submit();
-            if self.in_flight == 0 && self.batch.is_empty() {
+            let moved = self.reap() + self.batch.submit();
+            if self.in_flight() == 0 && self.batch.is_empty() {
                 self.front.discard_ended();
                 return Ok(());
             }
             if moved == 0 {
-                self.io.wait(self.idle_timeout())?;
+                self.wait(self.idle_timeout())?;
             }
         }
     }
 
-    /// How long to wait: for ever, unless requests are left over and no completion will bring
-    /// them up again.
+    /// How long to wait: for ever, unless an interrupt is due before, or requests are left over
+    /// and no completion will bring them up again.
     fn idle_timeout(&self) -> Option<Duration> {
-        (self.in_flight == 0 && !self.batch.is_empty()).then_some(Duration::from_millis(1))
-    }
-
-    /// Sets how many requests the next drain may take.
-    fn make_room(&mut self) {
-        self.batch.room = self.io.capacity().max(1).saturating_sub(self.in_flight);
-    }
-
-    /// Submits the batch; what does not fit stays for the next time.
-    fn submit(&mut self) -> usize {
-        if self.batch.is_empty() {
-            return 0;
+        let stuck = |plane: &Plane| plane.in_flight == 0 && !plane.requests.is_empty();
+        if self.batch.planes.iter().flatten().any(stuck) {
+            return Some(Duration::from_millis(1));
         }
-        let taken = self.io.submit(&mut self.batch.requests);
-        self.in_flight += taken;
-        taken
+        let due = self.front.deadline()?;
+        Some(due.saturating_duration_since(Instant::now()))
     }
 
     /// Hands what has ended to the front end.
     fn reap(&mut self) -> usize {
-        let mut completions = mem::take(&mut self.completions);
-        self.io.reap(&mut completions);
         let mut reaped = 0;
-        for completion in completions.drain(..) {
-            if completion.id & WATCH != 0 {
-                self.woken(completion.id);
+        for at in 0..self.batch.planes.len() {
+            let Some(Some(plane)) = self.batch.planes.get_mut(at) else {
                 continue;
+            };
+            let mut completions = mem::take(&mut self.completions);
+            plane.io.reap(&mut completions);
+            for completion in completions.drain(..) {
+                if completion.id & WATCH != 0 {
+                    self.woken(completion.id);
+                    continue;
+                }
+                if let Some(Some(plane)) = self.batch.planes.get_mut(at) {
+                    debug_assert!(plane.in_flight > 0, "a completion without a request");
+                    plane.in_flight = plane.in_flight.saturating_sub(1);
+                }
+                reaped += 1;
+                self.front.complete(completion, &mut self.batch);
             }
-            debug_assert!(self.in_flight > 0, "a completion without a request");
-            self.in_flight = self.in_flight.saturating_sub(1);
-            reaped += 1;
-            self.front.complete(completion, &mut self.batch);
+            self.completions = completions;
         }
-        self.completions = completions;
+        self.batch.drop_detached();
         reaped
     }
 
@@ -324,7 +570,7 @@ impl<F: FrontEnd> Worker<F> {
         self.next_watch += 1;
         let id = self.next_watch;
         let file = File::from(file);
-        self.io.watch(file.as_fd(), id)?;
+        self.watch_with(file.as_fd(), id)?;
         self.watches.push(Watch {
             id,
             file,
@@ -332,6 +578,13 @@ impl<F: FrontEnd> Worker<F> {
             stale: false,
         });
         Ok(())
+    }
+
+    fn watch_with(&mut self, fd: BorrowedFd<'_>, id: u64) -> block::Result<()> {
+        match self.batch.planes.first_mut() {
+            Some(Some(plane)) => plane.io.watch(fd, id),
+            _ => Err(block::Error::unsupported("watch: the worker has no disk")),
+        }
     }
 
     /// A watch is over: clear a doorbell and watch it again, or remember to stop.
@@ -350,7 +603,7 @@ impl<F: FrontEnd> Worker<F> {
                 let _ = watch.file.read(&mut [0; 8]);
                 self.next_watch += 1;
                 watch.id = self.next_watch;
-                match self.io.watch(watch.file.as_fd(), watch.id) {
+                match self.watch_with(watch.file.as_fd(), watch.id) {
                     Ok(()) => self.watches.push(watch),
                     Err(error) => self.watch_error = Some(error),
                 }

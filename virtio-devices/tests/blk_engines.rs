@@ -111,6 +111,7 @@ fn drive(disk: Box<dyn AsyncDiskFile>, write_back: bool) -> Vec<u8> {
     let config = VirtioBlkConfig {
         num_queues: 2,
         write_back,
+        pin_memory: write_back,
         ..VirtioBlkConfig::default()
     };
     let device = VirtioBlk::new(disk, config).unwrap();

@@ -294,6 +294,44 @@ fn a_new_memory_map_is_used_for_the_next_batch_while_the_old_one_lives() {
 }
 
 #[test]
+fn memory_is_pinned_once_a_map_and_only_if_asked() {
+    type Memory = GuestMemoryMmap<()>;
+    let regions = |count: u64| {
+        let ranges: Vec<_> = (0..count)
+            .map(|n| (GuestAddress(n << 21), 0x20_0000))
+            .collect();
+        Memory::from_ranges(&ranges).unwrap()
+    };
+    for pin_memory in [false, true] {
+        let atomic = GuestMemoryAtomic::new(regions(1));
+        let disk = MockDisk::new(MockDiskConfig::default());
+        let config = VirtioBlkConfig {
+            pin_memory,
+            ..VirtioBlkConfig::default()
+        };
+        let device = VirtioBlk::new(Box::new(disk.clone()), config).unwrap();
+        device.ack_features(device.features()).unwrap();
+        let memory = {
+            use vm_memory::GuestAddressSpace;
+            atomic.memory().into_inner()
+        };
+        let driver = Driver::new(&memory, GuestAddress(0), DriverConfig::default()).unwrap();
+        let line = Arc::new(CountingInterrupt::new(1).unwrap());
+        let mut worker = device
+            .queue_worker(0, &driver.queue(), atomic.clone(), line)
+            .unwrap();
+        worker.process();
+        worker.process();
+        assert_eq!(disk.pinned(), [1].repeat(usize::from(pin_memory)));
+        atomic.lock().unwrap().replace(regions(2));
+        worker.process();
+        worker.process();
+        let expected: &[usize] = if pin_memory { &[1, 2] } else { &[] };
+        assert_eq!(disk.pinned(), expected);
+    }
+}
+
+#[test]
 fn run_serves_doorbells_until_it_is_stopped_and_can_run_again() {
     let memory = common::memory();
     let disk = MockDisk::new(MockDiskConfig::default());

@@ -2,7 +2,7 @@
 
 use std::{os::fd::BorrowedFd, time::Duration};
 
-use super::Buffers;
+use super::{Buffers, MemoryRegions};
 use crate::{ErrorKind, Result};
 
 /// One request of a queue. `id` is the caller's and comes back in the completion.
@@ -119,6 +119,15 @@ pub trait AsyncIo {
     /// [`Unsupported`](ErrorKind::Unsupported) once the notifier of the calling thread was asked
     /// for; the host's error when the descriptor cannot be watched.
     fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> Result<()>;
+
+    /// Lets the host pin memory once, instead of for every request whose buffers are in it; replaces
+    /// what was registered before by a queue of this thread. Requests in flight go on; the host may
+    /// wait for them. Returns whether the host did it: refusal (an engine without registration, a
+    /// limit on locked memory) costs speed alone. Registered memory cannot be swapped out.
+    fn register_memory(&mut self, memory: MemoryRegions) -> bool {
+        let _ = memory;
+        false
+    }
 
     /// Blocks until there may be something to reap or `timeout` has passed; returns whether there
     /// is. It may return early: whoever waits for one request waits again.

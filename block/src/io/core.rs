@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use super::{Host, HostFile, Pool, driver::Eof, pins::Pins, ranges::RangeTable};
+use super::{Host, HostFile, Pool, operation::Eof, pins::Pins, ranges::RangeTable};
 use crate::sync::Coalescer;
 use crate::{FileId, Result};
 
@@ -71,11 +71,13 @@ pub(crate) struct DiskCore {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) pool: Pool,
+    /// Nothing of the disk is ever synced to the host's disk.
+    pub(crate) never_sync: bool,
     files: RwLock<Vec<Arc<FileEntry>>>,
 }
 
 impl DiskCore {
-    pub(crate) fn new(path: &Path, host: Arc<dyn Host>, pool: Pool) -> Arc<Self> {
+    pub(crate) fn new(path: &Path, host: Arc<dyn Host>, pool: Pool, never_sync: bool) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -83,6 +85,7 @@ impl DiskCore {
             host,
             pins: Arc::default(),
             pool,
+            never_sync,
             files: RwLock::default(),
         })
     }

@@ -187,7 +187,7 @@ pub trait Engine {
     /// Registers memory, so that operations on a segment inside one of these regions save the
     /// host's work of pinning it; replaces what was registered before. Returns whether the host did
     /// it: refusal (a limit on locked memory, an engine without registration) changes nothing but
-    /// the speed. Nothing is in flight.
+    /// the speed. Operations in flight go on; the host may wait for them.
     ///
     /// # Safety
     /// The regions must stay mapped, at their place, until they are replaced (also by an empty

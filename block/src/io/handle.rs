@@ -14,7 +14,8 @@ use std::{
 use super::{
     AlignedBuf, EngineFile, FallocateMode, Segment, Segments, buffers,
     core::{DiskCore, FileEntry},
-    driver::{Driver, Eof, NewOp, OpKind},
+    driver::Driver,
+    operation::{Eof, NewOp, OpKind},
     pins::QueuePins,
 };
 use crate::sync::{join_all, lock};
@@ -288,7 +289,9 @@ impl Io {
         let (result, buffer) = self
             .driver
             .operation(NewOp {
-                kind: OpKind::Write { dsync },
+                kind: OpKind::Write {
+                    dsync: dsync && !self.core.never_sync,
+                },
                 file: engine_file,
                 offset,
                 segments,
@@ -352,12 +355,20 @@ impl Io {
         Ok(())
     }
 
+    /// Whether nothing of this disk is ever synced: durability is not worth any detour.
+    pub(crate) fn never_syncs(&self) -> bool {
+        self.core.never_sync
+    }
+
     /// Makes completed writes durable (`fdatasync`). Callers of several queues share one sync where
     /// it has not started yet. After a failure every later sync of the file fails.
     ///
     /// # Errors
     /// The host's error, or [`ErrorKind::SyncFailed`].
     pub async fn sync(&self, file: FileId) -> Result<()> {
+        if self.core.never_sync {
+            return Ok(());
+        }
         let (entry, engine_file) = self.open_file(file)?;
         let fail = |kind: ErrorKind| Error::new(kind).operation("sync").path(entry.path());
         if entry.sync_failed.load(Ordering::Acquire) {

@@ -17,15 +17,18 @@ mod file_options;
 mod fsinfo;
 mod handle;
 mod loan;
+mod operation;
 mod os_host;
 mod pins;
 mod pool;
 mod ranges;
+mod regions;
 pub mod sim;
 mod slab;
 mod sys;
 mod uring_memory;
 mod uring_setup;
+mod wake;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
 pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
@@ -42,15 +45,17 @@ pub use os_host::OsHost;
 pub use self::core::FileRole;
 pub use handle::Io;
 pub use pool::Pool;
+pub use regions::MemoryRegions;
 
 pub(crate) use self::core::DiskCore;
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
-pub(crate) use driver::{Driver, Eof, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use driver::Driver;
 pub(crate) use handle::{FileView, is_aligned};
 pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
+pub(crate) use operation::{Eof, NewOp, OpKind, Owner, RequestSink};
 pub(crate) use pins::{Drained, Pin};
 pub(crate) use slab::{Key, Slab};
 pub(crate) use sys::Notifier;

@@ -1,18 +1,16 @@
 //! The control plane of the mock disk, which is also the test's handle on its data planes.
 
-use std::{
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{path::Path, sync::MutexGuard};
 
+use super::{
+    io::MockIo,
+    state::{Logged, Shared, State, slice},
+};
 use block::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, Format, Result,
     image::{BlockStatus, ImageInfo},
-    io::{AsyncIo, Completion, Request, RequestOp},
+    io::AsyncIo,
 };
-use vmm_sys_util::eventfd::EventFd;
-
-use super::io::MockIo;
 
 /// What a mock disk is like.
 #[derive(Clone, Copy, Debug)]
@@ -45,189 +43,24 @@ impl Default for MockDiskConfig {
     }
 }
 
-/// A request that reached the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Logged {
-    /// A read.
-    Read {
-        /// The first byte.
-        offset: u64,
-        /// The number of bytes.
-        len: u64,
-    },
-    /// A write.
-    Write {
-        /// The first byte.
-        offset: u64,
-        /// The number of bytes.
-        len: u64,
-        /// Force unit access.
-        fua: bool,
-    },
-    /// A flush.
-    Flush,
-    /// A discard.
-    Discard {
-        /// The first byte.
-        offset: u64,
-        /// The number of bytes.
-        len: u64,
-    },
-    /// A write zeroes.
-    WriteZeroes {
-        /// The first byte.
-        offset: u64,
-        /// The number of bytes.
-        len: u64,
-        /// May unmap.
-        may_unmap: bool,
-    },
-}
-
-impl Logged {
-    fn of(op: &RequestOp) -> Self {
-        match op {
-            RequestOp::Read { offset, buffers } => Logged::Read {
-                offset: *offset,
-                len: buffers.len(),
-            },
-            RequestOp::Write {
-                offset,
-                buffers,
-                fua,
-            } => Logged::Write {
-                offset: *offset,
-                len: buffers.len(),
-                fua: *fua,
-            },
-            RequestOp::Flush => Logged::Flush,
-            RequestOp::Discard { offset, len } => Logged::Discard {
-                offset: *offset,
-                len: *len,
-            },
-            RequestOp::WriteZeroes {
-                offset,
-                len,
-                may_unmap,
-            } => Logged::WriteZeroes {
-                offset: *offset,
-                len: *len,
-                may_unmap: *may_unmap,
-            },
-        }
-    }
-}
-
-type Failure = Box<dyn FnMut(&Logged) -> Option<ErrorKind> + Send>;
-type ResizeListener = Box<dyn Fn(u64) + Send + Sync>;
-
-/// What a data plane and the test share.
-pub(super) struct Plane {
-    pub(super) ready: Vec<Completion>,
-    pub(super) event: EventFd,
-}
-
-pub(super) struct State {
-    data: Vec<u8>,
-    hold: bool,
-    held: Vec<(usize, Request)>,
-    fail: Option<Failure>,
-    log: Vec<Logged>,
-    batches: Vec<usize>,
-    listeners: Vec<ResizeListener>,
-    pub(super) planes: Vec<Plane>,
-}
-
-impl State {
-    /// A data plane got a request: does it or holds it.
-    pub(super) fn accept(&mut self, plane: usize, request: Request) {
-        self.log.push(Logged::of(&request.op));
-        if self.hold {
-            self.held.push((plane, request));
-        } else {
-            self.execute(plane, request);
-        }
-    }
-
-    pub(super) fn batch(&mut self, size: usize) {
-        self.batches.push(size);
-    }
-
-    fn execute(&mut self, plane: usize, request: Request) {
-        let logged = Logged::of(&request.op);
-        let failure = self.fail.as_mut().and_then(|fail| fail(&logged));
-        let result = match failure {
-            Some(kind) => Err(kind),
-            None => self.transfer(&request.op),
-        };
-        let buffers = match request.op {
-            RequestOp::Read { buffers, .. } | RequestOp::Write { buffers, .. } => Some(buffers),
-            _ => None,
-        };
-        if let Some(plane) = self.planes.get_mut(plane) {
-            plane.ready.push(Completion {
-                id: request.id,
-                result,
-                buffers,
-            });
-            let _ = plane.event.write(1);
-        }
-    }
-
-    fn transfer(&mut self, op: &RequestOp) -> Result<(), ErrorKind> {
-        match op {
-            RequestOp::Read { offset, buffers } => {
-                let from = slice(&mut self.data, *offset, buffers.len())?;
-                buffers.copy_in(0, from);
-            }
-            RequestOp::Write {
-                offset, buffers, ..
-            } => buffers.copy_out(0, slice(&mut self.data, *offset, buffers.len())?),
-            RequestOp::Flush => {}
-            RequestOp::Discard { offset, len } | RequestOp::WriteZeroes { offset, len, .. } => {
-                slice(&mut self.data, *offset, *len)?.fill(0);
-            }
-        }
-        Ok(())
-    }
-}
-
-fn slice(data: &mut [u8], offset: u64, len: u64) -> Result<&mut [u8], ErrorKind> {
-    let end = offset.checked_add(len).ok_or(ErrorKind::OutOfRange)?;
-    if end > data.len() as u64 {
-        return Err(ErrorKind::OutOfRange);
-    }
-    Ok(&mut data[offset as usize..end as usize])
-}
-
 /// A disk in memory. Clones are handles on the same disk: give one to the device and keep one.
 #[derive(Clone)]
 pub struct MockDisk {
     config: MockDiskConfig,
-    state: Arc<Mutex<State>>,
+    state: Shared,
 }
 
 impl MockDisk {
     /// A disk of zeroes.
     #[must_use]
     pub fn new(config: MockDiskConfig) -> Self {
-        Self {
-            config,
-            state: Arc::new(Mutex::new(State {
-                data: vec![0; config.size as usize],
-                hold: false,
-                held: Vec::new(),
-                fail: None,
-                log: Vec::new(),
-                batches: Vec::new(),
-                listeners: Vec::new(),
-                planes: Vec::new(),
-            })),
-        }
+        let state = Shared::default();
+        state.lock().data = vec![0; config.size as usize];
+        Self { config, state }
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
     }
 
     /// From now on, holds requests back or not. Those already held stay held.
@@ -244,13 +77,7 @@ impl MockDisk {
     /// Does the held request at `index` (0 is the oldest) and completes it; returns whether there
     /// was one.
     pub fn release(&self, index: usize) -> bool {
-        let mut state = self.state();
-        if index >= state.held.len() {
-            return false;
-        }
-        let (plane, request) = state.held.remove(index);
-        state.execute(plane, request);
-        true
+        self.state().release(index)
     }
 
     /// Does and completes everything held, oldest first.
@@ -274,6 +101,12 @@ impl MockDisk {
     #[must_use]
     pub fn batches(&self) -> Vec<usize> {
         self.state().batches.clone()
+    }
+
+    /// The number of memory regions of each request to pin memory so far.
+    #[must_use]
+    pub fn pinned(&self) -> Vec<usize> {
+        self.state().pinned.clone()
     }
 
     /// Forgets the log and the batches.
@@ -388,7 +221,7 @@ impl AsyncDiskFile for MockDisk {
             0 => ring_depth as usize,
             capacity => capacity,
         };
-        Ok(Box::new(MockIo::new(self.clone(), capacity)?))
+        Ok(Box::new(MockIo::new(self.state.clone(), capacity)?))
     }
 
     fn clone_async(&self) -> Box<dyn AsyncDiskFile> {

@@ -7,20 +7,20 @@ use std::{
 
 use block::{
     Result,
-    io::{AsyncIo, Completion, Request},
+    io::{AsyncIo, Completion, MemoryRegions, Request},
 };
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::{EFD_NONBLOCK, EventFd},
 };
 
-use super::disk::{MockDisk, Plane};
+use super::state::{Plane, Shared};
 
 /// The epoll data of the completion eventfd; watches use their descriptor.
 const COMPLETIONS: u64 = u64::MAX;
 
 pub(super) struct MockIo {
-    disk: MockDisk,
+    disk: Shared,
     plane: usize,
     capacity: usize,
     in_flight: usize,
@@ -31,7 +31,7 @@ pub(super) struct MockIo {
 }
 
 impl MockIo {
-    pub(super) fn new(disk: MockDisk, capacity: usize) -> Result<Self> {
+    pub(super) fn new(disk: Shared, capacity: usize) -> Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
         epoll.ctl(
@@ -40,7 +40,7 @@ impl MockIo {
             EpollEvent::new(EventSet::IN, COMPLETIONS),
         )?;
         let plane = {
-            let mut state = disk.state();
+            let mut state = disk.lock();
             state.planes.push(Plane {
                 ready: Vec::new(),
                 event: event.try_clone()?,
@@ -95,8 +95,8 @@ impl AsyncIo for MockIo {
         if taken == 0 {
             return 0;
         }
-        let mut state = self.disk.state();
-        state.batch(taken);
+        let mut state = self.disk.lock();
+        state.batches.push(taken);
         for request in batch.drain(..taken) {
             state.accept(self.plane, request);
         }
@@ -108,7 +108,7 @@ impl AsyncIo for MockIo {
         let _ = self.poll(0);
         let _ = self.event.read();
         let before = out.len();
-        out.append(&mut self.disk.state().planes[self.plane].ready);
+        out.append(&mut self.disk.lock().planes[self.plane].ready);
         let ended = out.len() - before;
         self.in_flight -= ended;
         out.append(&mut self.fired);
@@ -139,6 +139,11 @@ impl AsyncIo for MockIo {
         Ok(())
     }
 
+    fn register_memory(&mut self, memory: MemoryRegions) -> bool {
+        self.disk.lock().pinned.push(memory.len());
+        true
+    }
+
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
@@ -159,8 +164,8 @@ impl AsyncIo for MockIo {
 impl Drop for MockIo {
     fn drop(&mut self) {
         // What is held would otherwise wait for a queue that is gone.
-        while self.in_flight > 0 && self.disk.held() > 0 {
-            self.disk.release_all();
+        while self.in_flight > 0 && !self.disk.lock().held.is_empty() {
+            while self.disk.lock().release(0) {}
             let mut out = Vec::new();
             self.reap(&mut out);
         }

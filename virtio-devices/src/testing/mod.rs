@@ -8,7 +8,9 @@ mod disk;
 mod interrupt;
 mod io;
 mod null;
+mod state;
 
-pub use disk::{Logged, MockDisk, MockDiskConfig};
+pub use disk::{MockDisk, MockDiskConfig};
 pub use interrupt::CountingInterrupt;
 pub use null::NullDisk;
+pub use state::Logged;

@@ -9,14 +9,7 @@ use super::{
     QueueFault,
     ring::{DESCRIPTOR, RingView},
 };
-use crate::memory::Window;
-
-/// A run of guest memory that a chain names. Nothing says that it exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
-    pub(crate) address: GuestAddress,
-    pub(crate) len: u32,
-}
+use crate::memory::{Segment, Window};
 
 /// One descriptor chain, copied. Reused from request to request.
 #[derive(Debug, Default)]

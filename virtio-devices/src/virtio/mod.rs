@@ -15,7 +15,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueState};
 
-pub(crate) use chain::{Chain, Segment};
+pub(crate) use chain::Chain;
 pub use inflight::InflightTracker;
 
 use crate::{Error, Result};

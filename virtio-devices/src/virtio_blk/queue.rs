@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Instant};
 
 use block::{
     ErrorKind,
-    io::{Completion, RequestOp},
+    io::{Completion, MemoryRegions, RequestOp},
 };
 use virtio_queue::Queue;
 use vm_memory::{GuestMemory, Permissions, bitmap::BS};
@@ -15,11 +15,11 @@ use vm_memory::{GuestMemory, Permissions, bitmap::BS};
 use super::{
     Shared, config, feature,
     request::{self, Action, IOERR, OK, Scratch, UNSUPP},
-    slot::{Guest, Slot, mark_dirty},
+    slot::Slot,
 };
 use crate::{
     Error, Interrupt, MemorySource, Result,
-    memory::{QueueMemory, Window},
+    memory::{BatchMemory, QueueMemory, Window, mark_dirty},
     stats::{Op, QueueStats},
     virtio::{Chain, InflightTracker, QueueFault, QueueSnapshot, ring::RingView, ring::SplitRing},
     worker::{Batch, Drained, FrontEnd, Worker},
@@ -47,6 +47,8 @@ pub struct BlkQueue<S: MemorySource> {
     indirect_limit: usize,
     chain: Chain,
     scratch: Scratch,
+    /// The current memory map is to be pinned.
+    unpinned: bool,
     /// Where the windows on rings and headers, and on data, started last.
     control_from: u64,
     data_from: u64,
@@ -76,6 +78,7 @@ impl<S: MemorySource> BlkQueue<S> {
         let indirect_limit =
             usize::from(ring.size()).max(config::seg_max(shared.config().queue_size) as usize + 2);
         Ok(Self {
+            unpinned: shared.config().pin_memory,
             slots: (0..ring.size()).map(|_| Slot::new()).collect(),
             ended: Vec::with_capacity(usize::from(ring.size())),
             shared,
@@ -117,6 +120,7 @@ impl<S: MemorySource> BlkQueue<S> {
     fn refresh_memory(&mut self) {
         if !self.source.is_current(&self.memory.0) {
             self.memory = Arc::new(QueueMemory(self.source.load()));
+            self.unpinned = self.shared.config().pin_memory;
         }
     }
 
@@ -135,21 +139,15 @@ impl<S: MemorySource> BlkQueue<S> {
     /// had none left.
     fn take(&mut self, batch: &mut Batch, taken: &mut usize) -> Result<bool, QueueFault> {
         let memory = Arc::clone(&self.memory);
-        let mut guest = Guest {
-            control: Window::new(&*memory, self.control_from),
-            data: None,
-            data_from: self.data_from,
-            memory: &memory,
-        };
+        let mut guest = BatchMemory::new(&memory, self.control_from, self.data_from);
         let full = self.take_from(&mut guest, batch, taken);
-        self.control_from = guest.control.start();
-        self.data_from = guest.data.map_or(guest.data_from, |data| data.start());
+        (self.control_from, self.data_from) = guest.ended_at();
         full
     }
 
     fn take_from(
         &mut self,
-        guest: &mut Guest<'_, S::M>,
+        guest: &mut BatchMemory<'_, S::M>,
         batch: &mut Batch,
         taken: &mut usize,
     ) -> Result<bool, QueueFault> {
@@ -195,7 +193,7 @@ impl<S: MemorySource> BlkQueue<S> {
         head: u16,
         now: u64,
         view: &RingView<'_, BS<'_, <S::M as GuestMemory>::Bitmap>>,
-        guest: &mut Guest<'_, S::M>,
+        guest: &mut BatchMemory<'_, S::M>,
         batch: &mut Batch,
     ) -> Result<(), QueueFault> {
         let size = self.ring.size();
@@ -353,12 +351,7 @@ impl<S: MemorySource> BlkQueue<S> {
     fn replay(&mut self, heads: &[u16], batch: &mut Batch) -> Result<(), QueueFault> {
         self.refresh_memory();
         let memory = Arc::clone(&self.memory);
-        let mut guest = Guest {
-            control: Window::new(&*memory, self.control_from),
-            data: None,
-            data_from: self.data_from,
-            memory: &memory,
-        };
+        let mut guest = BatchMemory::new(&memory, self.control_from, self.data_from);
         let view = self.ring.view(&mut guest.control)?;
         let now = self.now();
         for &head in heads {
@@ -440,6 +433,13 @@ impl<S: MemorySource> FrontEnd for BlkQueue<S> {
             self.break_queue(fault);
             false
         })
+    }
+
+    fn memory_to_pin(&mut self) -> Option<MemoryRegions> {
+        if !std::mem::take(&mut self.unpinned) {
+            return None;
+        }
+        MemoryRegions::of(&self.memory.0)
     }
 
     fn outstanding(&self) -> usize {

@@ -3,7 +3,6 @@
 //! Header, data and status may be cut into descriptors anywhere, or share them: the header is the
 //! first 16 readable bytes, the status is the last writable byte.
 
-use smallvec::SmallVec;
 use virtio_bindings::bindings::virtio_blk as spec;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
@@ -12,9 +11,9 @@ use super::{
     config::{SECTOR, feature},
 };
 use crate::{
-    memory::Window,
+    memory::{Data, Segment, Window},
     stats::Op,
-    virtio::{Chain, Segment},
+    virtio::Chain,
 };
 
 /// Status: done.
@@ -26,9 +25,6 @@ pub(crate) const UNSUPP: u8 = spec::VIRTIO_BLK_S_UNSUPP as u8;
 
 /// Bytes of the header, and of a segment of a discard or write zeroes request.
 const HEADER: usize = 16;
-
-/// Guest memory of a request; most need no allocation.
-pub(crate) type Data = SmallVec<[Segment; 4]>;
 
 /// A part of a discard, secure erase or write zeroes request, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

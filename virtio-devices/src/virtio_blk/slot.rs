@@ -1,17 +1,10 @@
-//! A request in flight, and the guest memory of a batch.
+//! A request in flight.
 
-use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
-use block::{ErrorKind, io::Buffers};
-use smallvec::SmallVec;
-use vm_memory::{
-    GuestAddress, GuestMemory, Permissions, VolatileMemory,
-    bitmap::{BS, Bitmap},
-};
-
-use super::request::{Data, OK};
+use super::request::OK;
 use crate::{
-    memory::{QueueMemory, Window},
+    memory::{Data, Window},
     stats::Op,
 };
 
@@ -83,64 +76,5 @@ impl Slot {
     /// The id of its block requests.
     pub(super) fn id(&self, head: u16) -> u64 {
         u64::from(self.generation) << 16 | u64::from(head)
-    }
-}
-
-/// Guest memory for the requests of one batch.
-pub(super) struct Guest<'m, M: GuestMemory> {
-    /// Rings, headers, indirect tables.
-    pub(super) control: Window<'m, QueueMemory<M>>,
-    /// Data, often in another region.
-    pub(super) data: Option<Window<'m, QueueMemory<M>>>,
-    pub(super) data_from: u64,
-    pub(super) memory: &'m Arc<QueueMemory<M>>,
-}
-
-impl<M: GuestMemory + Send + Sync + 'static> Guest<'_, M> {
-    /// The memory of a read or write, for the disk.
-    pub(super) fn buffers(
-        &mut self,
-        data: &Data,
-        access: Permissions,
-    ) -> Result<Buffers, ErrorKind> {
-        let window = self
-            .data
-            .get_or_insert_with(|| Window::new(&**self.memory, self.data_from));
-        let mut segments = SmallVec::<[(*mut u8, usize); 4]>::new();
-        for segment in data {
-            match window.get(segment.address, segment.len as usize, access) {
-                Some(slice) => segments.push((slice.ptr_guard_mut().as_ptr(), slice.len())),
-                // In pieces, or nowhere.
-                None => return self.buffers_in_pieces(data, access),
-            }
-        }
-        let guard = Arc::clone(self.memory);
-        // SAFETY: each segment was just looked up in the memory that `guard` keeps mapped, and
-        // nobody holds a reference to guest memory.
-        Ok(unsafe { Buffers::from_raw(segments, guard) })
-    }
-
-    fn buffers_in_pieces(&self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {
-        let ranges = data
-            .iter()
-            .map(|segment| (segment.address, segment.len as usize));
-        Buffers::guest(self.memory, ranges, access)
-    }
-}
-
-/// Marks what the disk may have filled, because the kernel does not. Free without a bitmap.
-pub(super) fn mark_dirty<M: GuestMemory>(memory: &M, data: &Data) {
-    if size_of::<BS<'static, M::Bitmap>>() == 0 {
-        return;
-    }
-    for segment in data {
-        let Ok(slices) =
-            memory.get_slices(segment.address, segment.len as usize, Permissions::Write)
-        else {
-            continue;
-        };
-        for slice in slices.flatten() {
-            slice.bitmap().mark_dirty(0, slice.len());
-        }
     }
 }

@@ -1,36 +1,123 @@
 //! What the front end says about rings, and how they start and stop.
 
-use std::fs::File;
+use std::{fs::File, sync::Arc};
 
 use vhost::vhost_user::message::{VhostUserVringAddr, VhostUserVringState};
 use virtio_devices::{virtio::InflightTracker, virtio_blk::feature};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     Error,
+    inflight::InflightArea,
+    memory::{MemoryTable, VhostUserMemory},
     message::Message,
-    session::{Answer, Session},
 };
 use crate::{
-    queue_thread::{QueueSetup, Stop},
+    queue_thread::{QueueHandle, QueueSetup, Stop},
     sys,
 };
 
 /// What the front end said about one ring.
 #[derive(Default)]
-pub(super) struct Vring {
-    pub(super) size: u16,
-    pub(super) addresses: Option<VhostUserVringAddr>,
-    pub(super) next_avail: u16,
-    pub(super) kick: Option<File>,
-    pub(super) enabled: bool,
-    pub(super) running: bool,
+struct Vring {
+    size: u16,
+    addresses: Option<VhostUserVringAddr>,
+    next_avail: u16,
+    kick: Option<File>,
+    enabled: bool,
+    running: bool,
 }
 
-impl Session<'_> {
+/// The rings of a connection, with what a ring needs to start.
+pub(super) struct Rings<'a> {
+    queues: &'a mut [QueueHandle<Arc<VhostUserMemory>>],
+    vrings: Vec<Vring>,
+    /// The most entries of a ring.
+    max_size: u16,
+    memory: MemoryTable,
+    inflight: Option<InflightArea>,
+    event_idx: bool,
+}
+
+impl<'a> Rings<'a> {
+    /// Rings that nothing is known about.
+    pub(super) fn new(queues: &'a mut [QueueHandle<Arc<VhostUserMemory>>], max_size: u16) -> Self {
+        Self {
+            vrings: queues.iter().map(|_| Vring::default()).collect(),
+            queues,
+            max_size,
+            memory: MemoryTable::default(),
+            inflight: None,
+            event_idx: false,
+        }
+    }
+
+    /// The number of rings.
+    pub(super) fn len(&self) -> usize {
+        self.vrings.len()
+    }
+
+    /// Whether a ring runs.
+    pub(super) fn is_running(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.running)
+    }
+
+    /// Takes the driver's features.
+    pub(super) fn set_features(&mut self, features: u64) {
+        self.event_idx = features & feature::EVENT_IDX != 0;
+    }
+
+    /// Takes the area that tells of requests in flight.
+    pub(super) fn set_inflight(&mut self, area: InflightArea) {
+        self.inflight = Some(area);
+    }
+
+    /// Every ring runs as soon as it can.
+    pub(super) fn enable_all(&mut self) {
+        for vring in &mut self.vrings {
+            vring.enabled = true;
+        }
+    }
+
+    /// Stops every ring.
+    pub(super) fn stop_all(&mut self) {
+        for index in 0..self.vrings.len() {
+            self.stop(index, Stop::Drain);
+        }
+    }
+
+    /// Stops every ring without an answer to the driver, and forgets what was said about it.
+    pub(super) fn reset(&mut self, enabled: bool) {
+        for index in 0..self.vrings.len() {
+            self.stop(index, Stop::Reset);
+            self.vrings[index] = Vring {
+                enabled,
+                ..Vring::default()
+            };
+        }
+    }
+
+    /// Changes the memory table, with the queues drained meanwhile.
+    pub(super) fn change_memory(
+        &mut self,
+        message: &Message,
+        change: impl FnOnce(&mut MemoryTable) -> Result<(), String>,
+    ) -> Result<(), Error> {
+        let running: Vec<usize> = (0..self.vrings.len())
+            .filter(|index| self.stop(*index, Stop::Drain))
+            .collect();
+        let changed = change(&mut self.memory);
+        let mut result = changed.map_err(|text| message.bad(text));
+        for index in running {
+            let started = self.start(index).map_err(|text| message.bad(text));
+            result = result.and(started);
+        }
+        result
+    }
+
     /// The ring that a message is about.
-    pub(super) fn vring(&mut self, message: &Message, index: u32) -> Result<&mut Vring, Error> {
+    fn vring(&mut self, message: &Message, index: u32) -> Result<&mut Vring, Error> {
         let count = self.vrings.len();
         usize::try_from(index)
             .ok()
@@ -38,9 +125,9 @@ impl Session<'_> {
             .ok_or_else(|| message.bad(format!("names ring {index} of {count}")))
     }
 
-    pub(super) fn set_vring_num(&mut self, message: &Message) -> Result<Answer, Error> {
+    pub(super) fn set_num(&mut self, message: &Message) -> Result<(), Error> {
         let VhostUserVringState { index, num } = message.payload()?;
-        let max = self.device.config().queue_size;
+        let max = self.max_size;
         let vring = self.vring(message, index)?;
         let size = u16::try_from(num).unwrap_or(0);
         if size == 0 || size > max || !size.is_power_of_two() {
@@ -50,10 +137,10 @@ impl Session<'_> {
             return Err(message.bad(format!("changes the size of running ring {index}")));
         }
         vring.size = size;
-        Ok(Answer::Done)
+        Ok(())
     }
 
-    pub(super) fn set_vring_addr(&mut self, message: &Message) -> Result<Answer, Error> {
+    pub(super) fn set_addr(&mut self, message: &Message) -> Result<(), Error> {
         let addresses: VhostUserVringAddr = message.payload()?;
         let index = addresses.index;
         let vring = self.vring(message, index)?;
@@ -61,10 +148,10 @@ impl Session<'_> {
             return Err(message.bad(format!("moves running ring {index}")));
         }
         vring.addresses = Some(addresses);
-        Ok(Answer::Done)
+        Ok(())
     }
 
-    pub(super) fn set_vring_base(&mut self, message: &Message) -> Result<Answer, Error> {
+    pub(super) fn set_base(&mut self, message: &Message) -> Result<(), Error> {
         let VhostUserVringState { index, num } = message.payload()?;
         let vring = self.vring(message, index)?;
         if vring.running {
@@ -72,23 +159,21 @@ impl Session<'_> {
         }
         vring.next_avail =
             u16::try_from(num).map_err(|_| message.bad(format!("sets index {num}")))?;
-        Ok(Answer::Done)
+        Ok(())
     }
 
-    /// Stops the ring. It starts again with the next kick descriptor.
-    pub(super) fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Error> {
+    /// Stops the ring, which starts again with the next kick descriptor; returns where it stands.
+    pub(super) fn get_base(&mut self, message: &Message) -> Result<VhostUserVringState, Error> {
         let VhostUserVringState { index, .. } = message.payload()?;
         self.vring(message, index)?;
-        self.stop_ring(index as usize, Stop::Drain);
-        self.notifier.set_call(index as usize, None);
+        self.stop(index as usize, Stop::Drain);
         let vring = self.vring(message, index)?;
         vring.kick = None;
-        let state = VhostUserVringState::new(index, u32::from(vring.next_avail));
-        Ok(Answer::Body(state.as_slice().to_vec()))
+        Ok(VhostUserVringState::new(index, u32::from(vring.next_avail)))
     }
 
     /// The ring and the descriptor of a message about a ring's descriptor.
-    pub(super) fn vring_file(&self, message: &mut Message) -> Result<(usize, Option<File>), Error> {
+    pub(super) fn file_of(&self, message: &mut Message) -> Result<(usize, Option<File>), Error> {
         let value: u64 = message.payload()?;
         let index = (value & 0xff) as usize;
         if index >= self.vrings.len() {
@@ -105,37 +190,37 @@ impl Session<'_> {
         Ok((index, file))
     }
 
-    pub(super) fn set_vring_kick(&mut self, message: &mut Message) -> Result<Answer, Error> {
-        let (index, file) = self.vring_file(message)?;
+    pub(super) fn set_kick(&mut self, message: &mut Message) -> Result<(), Error> {
+        let (index, file) = self.file_of(message)?;
         if file.is_none() {
             return Err(message.bad("has no descriptor, and rings are not polled"));
         }
-        self.stop_ring(index, Stop::Drain);
+        self.stop(index, Stop::Drain);
         self.vrings[index].kick = file;
-        self.start_ring(index).map_err(|text| message.bad(text))?;
-        Ok(Answer::Done)
+        self.start(index).map_err(|text| message.bad(text))?;
+        Ok(())
     }
 
-    pub(super) fn set_vring_enable(&mut self, message: &Message) -> Result<Answer, Error> {
+    pub(super) fn set_enable(&mut self, message: &Message) -> Result<(), Error> {
         let VhostUserVringState { index, num } = message.payload()?;
         let vring = self.vring(message, index)?;
         match num {
             0 => {
                 vring.enabled = false;
-                self.stop_ring(index as usize, Stop::Drain);
+                self.stop(index as usize, Stop::Drain);
             }
             1 => {
                 vring.enabled = true;
-                self.start_ring(index as usize)
+                self.start(index as usize)
                     .map_err(|text| message.bad(text))?;
             }
             _ => return Err(message.bad(format!("enables with {num}"))),
         }
-        Ok(Answer::Done)
+        Ok(())
     }
 
     /// Starts a ring that has a kick descriptor and is enabled, unless it runs.
-    pub(super) fn start_ring(&mut self, index: usize) -> Result<(), String> {
+    fn start(&mut self, index: usize) -> Result<(), String> {
         let (vring, queue) = (&mut self.vrings[index], &mut self.queues[index]);
         let Some(kick) = vring
             .kick
@@ -185,7 +270,7 @@ impl Session<'_> {
         ring.try_set_used_ring_address(used).map_err(wrong)?;
         ring.set_next_avail(next_avail);
         ring.set_next_used(used_idx);
-        ring.set_event_idx(self.features & feature::EVENT_IDX != 0);
+        ring.set_event_idx(self.event_idx);
         ring.set_ready(true);
         queue.start(QueueSetup {
             memory,
@@ -199,7 +284,7 @@ impl Session<'_> {
     }
 
     /// Stops a ring; whether it was running.
-    pub(super) fn stop_ring(&mut self, index: usize, how: Stop) -> bool {
+    fn stop(&mut self, index: usize, how: Stop) -> bool {
         let vring = &mut self.vrings[index];
         if !vring.running {
             return false;

@@ -26,12 +26,9 @@ use super::{
     memory::{DirtyLog, MAX_REGIONS, MemoryTable, VhostUserMemory},
     message::{Channel, Message, Received},
     notify::Notifier,
-    rings::Vring,
+    rings::Rings,
 };
-use crate::{
-    queue_thread::{QueueHandle, Stop},
-    sys,
-};
+use crate::{queue_thread::QueueHandle, sys};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: rings start disabled.
 const F_PROTOCOL: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -67,18 +64,15 @@ pub(super) enum End {
 
 /// One connection.
 pub(super) struct Session<'a> {
-    pub(super) device: &'a VirtioBlk,
-    pub(super) queues: &'a mut [QueueHandle<Arc<VhostUserMemory>>],
-    pub(super) notifier: &'a Notifier,
-    pub(super) stop: BorrowedFd<'a>,
-    pub(super) channel: Channel,
-    pub(super) features: u64,
-    pub(super) protocol: Protocol,
-    pub(super) memory: MemoryTable,
-    pub(super) log: Option<Arc<DirtyLog>>,
-    pub(super) inflight: Option<InflightArea>,
-    pub(super) vrings: Vec<Vring>,
-    pub(super) messages: u64,
+    device: &'a VirtioBlk,
+    notifier: &'a Notifier,
+    stop: BorrowedFd<'a>,
+    channel: Channel,
+    features: u64,
+    protocol: Protocol,
+    rings: Rings<'a>,
+    log: Option<Arc<DirtyLog>>,
+    messages: u64,
 }
 
 impl<'a> Session<'a> {
@@ -90,19 +84,15 @@ impl<'a> Session<'a> {
         notifier: &'a Notifier,
         stop: BorrowedFd<'a>,
     ) -> io::Result<Self> {
-        let vrings = queues.iter().map(|_| Vring::default()).collect();
         Ok(Self {
+            rings: Rings::new(queues, device.config().queue_size),
             device,
-            queues,
             notifier,
             stop,
             channel: Channel::new(socket)?,
             features: 0,
             protocol: Protocol::empty(),
-            memory: MemoryTable::default(),
             log: None,
-            inflight: None,
-            vrings,
             messages: 0,
         })
     }
@@ -111,9 +101,7 @@ impl<'a> Session<'a> {
     /// case every queue is drained and nothing of the front end is left.
     pub(super) fn serve(mut self) -> Result<End, Error> {
         let result = self.receive();
-        for index in 0..self.vrings.len() {
-            self.stop_ring(index, Stop::Drain);
-        }
+        self.rings.stop_all();
         self.notifier.clear();
         self.device.reset();
         match result {
@@ -188,7 +176,7 @@ impl<'a> Session<'a> {
                 Ok(Answer::number(features))
             }
             Req::GET_PROTOCOL_FEATURES => Ok(Answer::number(protocol_features().bits())),
-            Req::GET_QUEUE_NUM => Ok(Answer::number(self.queues.len() as u64)),
+            Req::GET_QUEUE_NUM => Ok(Answer::number(self.rings.len() as u64)),
             Req::GET_MAX_MEM_SLOTS => Ok(Answer::number(MAX_REGIONS as u64)),
             Req::SET_OWNER | Req::SET_LOG_FD => Ok(Answer::Done),
             Req::SET_FEATURES => self.set_features(message),
@@ -208,22 +196,26 @@ impl<'a> Session<'a> {
                 self.change_memory(message, |memory| memory.remove(&region))
             }
             Req::SET_LOG_BASE => self.set_log_base(message),
-            Req::SET_VRING_NUM => self.set_vring_num(message),
-            Req::SET_VRING_ADDR => self.set_vring_addr(message),
-            Req::SET_VRING_BASE => self.set_vring_base(message),
-            Req::GET_VRING_BASE => self.get_vring_base(message),
-            Req::SET_VRING_KICK => self.set_vring_kick(message),
+            Req::SET_VRING_NUM => self.rings.set_num(message).map(Answer::done),
+            Req::SET_VRING_ADDR => self.rings.set_addr(message).map(Answer::done),
+            Req::SET_VRING_BASE => self.rings.set_base(message).map(Answer::done),
+            Req::GET_VRING_BASE => {
+                let state = self.rings.get_base(message)?;
+                self.notifier.set_call(state.index as usize, None);
+                Ok(Answer::Body(state.as_slice().to_vec()))
+            }
+            Req::SET_VRING_KICK => self.rings.set_kick(message).map(Answer::done),
             Req::SET_VRING_CALL => {
-                let (index, file) = self.vring_file(message)?;
+                let (index, file) = self.rings.file_of(message)?;
                 self.notifier.set_call(index, file);
                 Ok(Answer::Done)
             }
             Req::SET_VRING_ERR => {
-                let (index, file) = self.vring_file(message)?;
+                let (index, file) = self.rings.file_of(message)?;
                 self.notifier.set_err(index, file);
                 Ok(Answer::Done)
             }
-            Req::SET_VRING_ENABLE => self.set_vring_enable(message),
+            Req::SET_VRING_ENABLE => self.rings.set_enable(message).map(Answer::done),
             Req::GET_CONFIG => self.get_config(message),
             Req::SET_CONFIG => self.set_config(message),
             Req::SET_BACKEND_REQ_FD => {
@@ -242,7 +234,7 @@ impl<'a> Session<'a> {
         let features: u64 = message.payload()?;
         let changed = features ^ self.features;
         if changed & !(F_LOG | F_PROTOCOL) != 0 {
-            if self.vrings.iter().any(|vring| vring.running) {
+            if self.rings.is_running() {
                 return Err(message.bad("changes features of a running device"));
             }
             self.device
@@ -250,11 +242,11 @@ impl<'a> Session<'a> {
                 .map_err(|error| message.bad(error.to_string()))?;
         }
         self.features = features;
+        self.rings.set_features(features);
         if changed & F_PROTOCOL != 0 {
             // Without the bit there is no SET_VRING_ENABLE, and a ring runs as soon as it can.
-            let enabled = features & F_PROTOCOL == 0;
-            for vring in &mut self.vrings {
-                vring.enabled |= enabled;
+            if features & F_PROTOCOL == 0 {
+                self.rings.enable_all();
             }
         }
         if changed & F_LOG != 0 {
@@ -277,15 +269,10 @@ impl<'a> Session<'a> {
     /// Stops everything and forgets what the driver set up; memory, descriptors for interrupts and
     /// the inflight area stay the front end's to change.
     fn reset(&mut self) {
-        for index in 0..self.vrings.len() {
-            self.stop_ring(index, Stop::Reset);
-            self.vrings[index] = Vring {
-                enabled: self.features & F_PROTOCOL == 0,
-                ..Vring::default()
-            };
-        }
+        self.rings.reset(self.features & F_PROTOCOL == 0);
         self.device.reset();
         self.features &= F_PROTOCOL | F_LOG;
+        self.rings.set_features(self.features);
     }
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<Answer, Error> {
@@ -322,16 +309,7 @@ impl<'a> Session<'a> {
         message: &Message,
         change: impl FnOnce(&mut MemoryTable) -> Result<(), String>,
     ) -> Result<Answer, Error> {
-        let running: Vec<usize> = (0..self.vrings.len())
-            .filter(|index| self.stop_ring(*index, Stop::Drain))
-            .collect();
-        let changed = change(&mut self.memory);
-        let mut result = changed.map_err(|text| message.bad(text));
-        for index in running {
-            let started = self.start_ring(index).map_err(|text| message.bad(text));
-            result = result.and(started);
-        }
-        result.map(|()| Answer::Done)
+        self.rings.change_memory(message, change).map(Answer::done)
     }
 
     fn set_log_base(&mut self, message: &mut Message) -> Result<Answer, Error> {
@@ -392,7 +370,7 @@ impl<'a> Session<'a> {
         let asked: VhostUserInflight = message.payload()?;
         let (queues, size) = (asked.num_queues, asked.queue_size);
         if queues == 0
-            || usize::from(queues) > self.queues.len()
+            || usize::from(queues) > self.rings.len()
             || size == 0
             || size > self.device.config().queue_size
         {
@@ -400,27 +378,27 @@ impl<'a> Session<'a> {
         }
         let (inflight, file) = inflight::create(queues, size)?;
         let area = InflightArea::map(&inflight, &file).map_err(|text| message.bad(text))?;
-        self.inflight = Some(area);
+        self.rings.set_inflight(area);
         Ok(Answer::File(inflight.as_slice().to_vec(), file))
     }
 
     fn set_inflight_fd(&mut self, message: &mut Message) -> Result<Answer, Error> {
         let file = message.file()?;
         let inflight: VhostUserInflight = message.payload()?;
-        if self.vrings.iter().any(|vring| vring.running) {
+        if self.rings.is_running() {
             return Err(message.bad("comes while a ring runs"));
         }
         if inflight.queue_size > self.device.config().queue_size {
             return Err(message.bad(format!("has queues of {}", inflight.queue_size)));
         }
         let area = InflightArea::map(&inflight, &file).map_err(|text| message.bad(text))?;
-        self.inflight = Some(area);
+        self.rings.set_inflight(area);
         Ok(Answer::Done)
     }
 }
 
 /// What a message is answered with.
-pub(super) enum Answer {
+enum Answer {
     /// Nothing, or an acknowledgement if one was asked for.
     Done,
     /// A body.
@@ -430,6 +408,10 @@ pub(super) enum Answer {
 }
 
 impl Answer {
+    fn done((): ()) -> Self {
+        Answer::Done
+    }
+
     fn number(value: u64) -> Self {
         Answer::Body(value.to_ne_bytes().to_vec())
     }

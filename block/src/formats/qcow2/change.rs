@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use super::{
     Qcow2,
     flush::Punch,
-    l2::{Entry, L2Entry, Units},
+    l2::{Entry, L2Entry, Piece, Units},
     read_only,
 };
 use crate::{
     ErrorKind, GuestOffset, GuestRange, Result,
     io::{AlignedBuf, FallocateMode, Io},
-    table::WritePin,
+    table::{SliceChange, WritePin},
 };
 
 /// Clusters changed under one claim.
@@ -29,7 +29,7 @@ pub(super) enum Becomes {
     ZeroKept,
     /// Zero, giving space back.
     ZeroUnmapped,
-    /// Not part of the disk any more. Whole clusters only.
+    /// Not part of the disk any more, or VM state that is not needed any more. Whole clusters only.
     Gone,
 }
 
@@ -87,37 +87,97 @@ impl Qcow2 {
             return Err(read_only());
         }
         let (start, end) = self.whole_units(range);
-        if start != range.start.0 || end <= start {
-            return self.zero_part(io, range).await;
-        }
-        if !self.geometry.zero_flag {
-            return Ok(0);
-        }
         let becomes = if may_unmap {
             Becomes::ZeroUnmapped
         } else {
             Becomes::ZeroKept
         };
+        if start != range.start.0 || end <= start {
+            return self.zero_part(io, range, becomes).await;
+        }
+        if !self.geometry.zero_flag {
+            return Ok(0);
+        }
         let done = self.change_units(io, start, end, becomes).await?;
         Ok(range.len.min(done - start))
     }
 
-    /// Makes the start of a range zero that does not fill its first unit.
-    async fn zero_part(&self, io: &Io, range: GuestRange) -> Result<u64> {
+    /// Makes a part of a unit zero where the rest of it reads as zeroes without data of its own: then
+    /// the whole unit can say so. Returns the bytes done.
+    async fn zero_part(&self, io: &Io, range: GuestRange, becomes: Becomes) -> Result<u64> {
         let unit = self.geometry.unit();
         let start = range.start.0 / unit * unit;
-        let cluster = self.geometry.cluster(range.start);
+        let whole = GuestRange::new(start, unit);
         let part = range.take(start + unit - range.start.0);
+        let cluster = self.geometry.cluster(range.start);
         let entry = self.entry(io, cluster).await?;
-        if !self.reads_zero(entry, GuestRange::new(start, unit)) {
+        if !self.geometry.zero_flag {
+            return Ok(if self.reads_zero(entry, whole) {
+                part.len
+            } else {
+                0
+            });
+        }
+        match entry.piece(whole, &self.geometry).0 {
+            Piece::Zero(_) => {}
+            Piece::Unallocated(_) if self.rest_below_is_zero(io, whole, part).await? => {}
+            _ => return Ok(0),
+        }
+        let _claim = self.claims.claim(cluster, cluster + 1).await;
+        let slice = self.l2_slice_for_change(io, cluster).await?;
+        self.clear_raw_data(io, part, becomes).await?;
+        let change = slice.change();
+        let (_, now) = self.read_change(&change, cluster)?;
+        let piece = now.piece(whole, &self.geometry).0;
+        if !matches!(piece, Piece::Zero(_) | Piece::Unallocated(_)) {
+            // A write came in between.
             return Ok(0);
         }
-        // All of the unit is zero already. Where a subcluster can say so it should.
-        if self.geometry.extended {
-            self.change_units(io, start, start + unit, Becomes::ZeroKept)
-                .await?;
-        }
+        let units = self.units_of(whole, cluster);
+        self.change_entry(&slice, &change, cluster, units, becomes)?;
         Ok(part.len)
+    }
+
+    /// Whether the backing chain is known to read as zeroes in what `part` leaves of a unit.
+    async fn rest_below_is_zero(
+        &self,
+        io: &Io,
+        whole: GuestRange,
+        part: GuestRange,
+    ) -> Result<bool> {
+        let Some(backing) = &self.backing else {
+            return Ok(true);
+        };
+        for (from, to) in [(whole.start.0, part.start.0), (part.end(), whole.end())] {
+            let mut range = self.in_backing(GuestRange::new(from, to - from));
+            while range.len > 0 {
+                let status = backing.block_status(io, range).await?;
+                if !status.zero {
+                    return Ok(false);
+                }
+                range = range.skip(status.len.clamp(1, range.len));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Unallocates every cluster: the disk shows the backing file alone. No request is in flight.
+    pub(super) async fn empty_clusters(&self, io: &Io) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        let size = self.size.load(Ordering::Acquire);
+        let end = size.div_ceil(self.geometry.cluster_size());
+        self.forget_clusters(io, 0, end).await?;
+        self.settle(io).await
+    }
+
+    /// Forgets clusters that are not part of the disk.
+    pub(super) async fn forget_clusters(&self, io: &Io, first: u64, end: u64) -> Result<()> {
+        let (start, end) = (self.geometry.start(first), self.geometry.start(end));
+        self.change_units(io, start, end, Becomes::Gone)
+            .await
+            .map(drop)
     }
 
     /// Changes units from `start` to `end`, which are boundaries of units; returns how far it got: a
@@ -158,8 +218,13 @@ impl Qcow2 {
         if no_table {
             let rest = GuestRange::new(run.start.0, end - run.start.0);
             let rest = self.until(rest, self.geometry.table_end(first));
-            // Nothing there, and nothing below: all of the table's range is as it should be.
-            if becomes == Becomes::Gone || self.in_backing(rest).len == 0 {
+            // Nothing there, and nothing below to hide: all of the table's range is as it should be.
+            let is_so = match becomes {
+                Becomes::Gone => true,
+                Becomes::Discarded => self.in_backing(rest).len == 0,
+                Becomes::ZeroKept | Becomes::ZeroUnmapped => false,
+            };
+            if is_so {
                 self.clear_raw_data(io, rest, becomes).await?;
                 return Ok(rest.end());
             }
@@ -174,20 +239,31 @@ impl Qcow2 {
         let (_, stop) = self.geometry.touched(run);
         let change = slice.change();
         for cluster in first..stop {
-            let (raw, before) = self.read_change(&change, cluster)?;
             let units = self.units_of(run, cluster);
-            let Some((after, punch)) = self.changed_entry(raw, before, cluster, units, becomes)
-            else {
-                continue;
-            };
+            self.change_entry(&slice, &change, cluster, units, becomes)?;
+        }
+        Ok(run.end())
+    }
+
+    /// Changes units of one cluster.
+    fn change_entry(
+        &self,
+        slice: &WritePin,
+        change: &SliceChange<'_>,
+        cluster: u64,
+        units: Units,
+        becomes: Becomes,
+    ) -> Result<()> {
+        let (raw, before) = self.read_change(change, cluster)?;
+        if let Some((after, punch)) = self.changed_entry(raw, before, cluster, units, becomes) {
             if after != raw {
-                self.set_l2_entry(&slice, &change, cluster, after);
+                self.set_l2_entry(slice, change, cluster, after);
             }
             if let Some(punch) = punch {
                 self.unlink(before, punch);
             }
         }
-        Ok(run.end())
+        Ok(())
     }
 
     /// The part of a run before a cluster that is compressed and touched in part.
@@ -234,9 +310,10 @@ impl Qcow2 {
         let (data, zero) = (Units(data.0 & !units.0), Units(zero.0 | units.0));
         let compressed = matches!(before, Entry::Compressed(_));
         let empty = before.host().is_none() && !compressed;
-        if empty && (becomes == Becomes::Discarded || !geometry.extended) {
+        if empty && becomes == Becomes::Discarded {
             let whole = GuestRange::new(geometry.start(cluster), geometry.cluster_size());
-            // What has nothing below reads as zeroes as it is.
+            // What has nothing below reads as zeroes as it is. Where zeroes were asked for the entry
+            // says so, whatever the backing file is some day.
             if self.in_backing(whole).len == 0 {
                 return None;
             }

@@ -109,6 +109,11 @@ impl Decompressed {
         self.codec
     }
 
+    /// Forgets everything. Nobody is reading.
+    pub(super) fn forget_all(&self) {
+        lock(&self.cache).slots.clear();
+    }
+
     /// Forgets a cluster whose place may be used again.
     pub(super) fn forget(&self, key: Compressed) {
         lock(&self.cache).slots.remove(&key);

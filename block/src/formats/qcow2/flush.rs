@@ -248,7 +248,7 @@ impl Qcow2 {
     }
 
     /// Writes changed reference counts, in their order.
-    async fn write_refcounts(&self, io: &Io) -> Result<()> {
+    pub(super) async fn write_refcounts(&self, io: &Io) -> Result<()> {
         let mut header = lock(&self.header).clone();
         write_counts(io, self.file, &self.refcounts, &mut header).await?;
         *lock(&self.header) = header;
@@ -340,6 +340,7 @@ impl Qcow2 {
             return Ok(());
         }
         self.refcounts.end_packing();
-        self.settle(io).await
+        self.settle(io).await?;
+        self.store_bitmaps(io).await
     }
 }

@@ -10,7 +10,11 @@
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
 //!   the disk.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
+//! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
+//!   dirty bitmaps. `extras`: all three on an opened image.
 
+pub mod amend;
+mod bitmaps;
 mod change;
 pub mod check;
 mod claims;
@@ -18,6 +22,7 @@ mod compressed;
 mod counts;
 pub mod create;
 mod entries;
+mod extras;
 mod flush;
 pub mod header;
 pub mod info;
@@ -29,6 +34,7 @@ mod resize;
 mod slices;
 pub mod snapshot;
 mod tables;
+mod vm_state;
 mod write;
 
 use std::sync::{
@@ -37,11 +43,12 @@ use std::sync::{
 };
 
 use self::{
+    bitmaps::Bitmaps,
     claims::Claims,
     compressed::Decompressed,
     flush::Pending,
     header::{Autoclear, Header, Incompatible},
-    info::{BitmapEntry, image_info, read_bitmaps},
+    info::image_info,
     l2::Geometry,
     refcount::Refcounts,
     slices::SliceCache,
@@ -50,6 +57,7 @@ use self::{
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    extras::ImageExtras,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
     sync::{Coalescer, LocalFuture, lock},
@@ -86,7 +94,7 @@ pub(crate) struct Qcow2 {
     geometry: Geometry,
     header: Mutex<Header>,
     snapshots: Mutex<SnapshotTable>,
-    bitmaps: Vec<BitmapEntry>,
+    bitmaps: Bitmaps,
     size: AtomicU64,
     l1: L1,
     slices: SliceCache,
@@ -119,7 +127,7 @@ impl Qcow2 {
             io.sync(file).await?;
         }
         let snapshots = SnapshotTable::read(io, file, &header).await?;
-        let bitmaps = read_bitmaps(io, file, &header).await?;
+        let bitmaps = Bitmaps::read(io, file, &header, options.writable).await?;
         let geometry = Geometry::of(&header);
         let table = read_refcount_table(io, file, &header).await?;
         let refcounts = Refcounts::new(
@@ -134,6 +142,9 @@ impl Qcow2 {
             ),
             io.file_len(file)?,
         );
+        if options.writable {
+            bitmaps.mark_in_use(io, file, &header).await?;
+        }
         Ok(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             file,
@@ -219,7 +230,11 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        image_info(&lock(&self.header), &lock(&self.snapshots), &self.bitmaps)
+        image_info(
+            &lock(&self.header),
+            &lock(&self.snapshots),
+            &self.bitmaps.entries(),
+        )
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {
@@ -315,6 +330,23 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.name_backing(io, name, format))
+    }
+
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.empty_clusters(io))
+    }
+
+    fn extras(&self) -> Option<&dyn ImageExtras> {
+        Some(self)
     }
 
     fn close<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {

@@ -1,4 +1,4 @@
-//! Changing the size of the disk.
+//! Changing the size of the disk, and what is below it.
 
 use std::sync::atomic::Ordering;
 
@@ -16,6 +16,34 @@ use crate::{
 };
 
 impl Qcow2 {
+    /// Names another backing file in the header. No request is in flight.
+    pub(super) async fn name_backing(
+        &self,
+        io: &Io,
+        name: Option<&str>,
+        format: Option<&str>,
+    ) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        if self.raw_data && name.is_some() {
+            return Err(Error::unsupported(
+                "a backing file together with data-file-raw: the data file would not be the disk",
+            ));
+        }
+        let mut header = lock(&self.header).clone();
+        header.set_backing(name.map(str::as_bytes), format)?;
+        // Fits before anything is written, and what the new chain relies on is durable.
+        header.to_bytes()?;
+        self.settle(io).await?;
+        // Flushing may have moved the reference count table.
+        let mut header = lock(&self.header).clone();
+        header.set_backing(name.map(str::as_bytes), format)?;
+        header.write(io, self.file).await?;
+        *lock(&self.header) = header;
+        Ok(())
+    }
+
     /// Changes the size of the disk. No request is in flight.
     pub(super) async fn change_size(&self, io: &Io, size: u64) -> Result<()> {
         if !self.writable {
@@ -26,8 +54,11 @@ impl Qcow2 {
                 "size: {size}, expected a multiple of 512"
             )));
         }
-        self.settle(io).await?;
         let old_size = self.size.load(Ordering::Acquire);
+        self.refuse_resize(old_size, size)?;
+        self.prepare_bitmaps_for(io, size).await?;
+        self.settle(io).await?;
+        self.drop_vm_state(io).await?;
         let mut header = lock(&self.header).clone();
         if size < old_size {
             let cluster_size = self.geometry.cluster_size();
@@ -54,11 +85,23 @@ impl Qcow2 {
         }
         self.size.store(size, Ordering::Release);
         *lock(&self.header) = header;
+        self.resize_bitmaps(size);
         if self.raw_data && size < old_size {
             // A raw disk is as long as its file. What is too long is too late to be an error.
             if let Err(error) = io.set_len(self.data_file, size).await {
                 tracing::warn!(%error, "the data file is longer than the disk");
             }
+        }
+        Ok(())
+    }
+
+    /// A version 2 snapshot does not say how large the disk was.
+    fn refuse_resize(&self, old_size: u64, size: u64) -> Result<()> {
+        let header = lock(&self.header);
+        if header.version < 3 && header.nb_snapshots > 0 && size != old_size {
+            return Err(Error::unsupported(
+                "Can't resize a v2 image which has snapshots",
+            ));
         }
         Ok(())
     }
@@ -95,7 +138,13 @@ impl Qcow2 {
     }
 
     /// Moves the L1 table to where it has room for more entries.
-    async fn move_l1(&self, io: &Io, entries: u64, size: u64, header: &mut Header) -> Result<()> {
+    pub(super) async fn move_l1(
+        &self,
+        io: &Io,
+        entries: u64,
+        size: u64,
+        header: &mut Header,
+    ) -> Result<()> {
         let (old_offset, old_bytes) = (self.l1.offset(), self.l1.entries() * 8);
         header.l1_table_offset = self.copy_l1(io, entries, size).await?;
         header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);

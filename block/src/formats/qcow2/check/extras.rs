@@ -4,8 +4,8 @@ use super::{Checker, Repair, scan};
 use crate::{
     Result,
     formats::qcow2::{
+        bitmaps::directory::parse_bitmap_directory,
         header::{Autoclear, ExtensionType},
-        info::parse_bitmap_directory,
         snapshot::{SnapshotTable, TableDamage},
     },
     io::AlignedBuf,
@@ -126,7 +126,12 @@ impl Checker<'_> {
             .read_padded(self.file, offset, size as usize)
             .await?;
         let cluster_size = self.header.cluster_size();
-        match parse_bitmap_directory(&directory, bitmaps.nb_bitmaps, cluster_size) {
+        match parse_bitmap_directory(
+            &directory,
+            bitmaps.nb_bitmaps,
+            cluster_size,
+            self.header.size,
+        ) {
             Ok(bitmaps) => {
                 for bitmap in bitmaps {
                     self.walk_bitmap_table(bitmap.table_offset, bitmap.table_size)

@@ -334,6 +334,17 @@ impl BitmapsExtension {
         }
         Ok(parsed)
     }
+
+    /// The extension's data.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(24);
+        out.extend_from_slice(&self.nb_bitmaps.to_be_bytes());
+        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&self.bitmap_directory_size.to_be_bytes());
+        out.extend_from_slice(&self.bitmap_directory_offset.to_be_bytes());
+        out
+    }
 }
 
 /// Where the encryption header is.

@@ -14,7 +14,7 @@ use crate::{
     Error, FileId, Result,
     formats::qcow2::{
         counts::write_counts,
-        header::{Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
+        header::{Autoclear, Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
         l2::{COPIED, Entry, Geometry, L2Entry, OFFSET_MASK, decode},
         read_refcount_table,
         refcount::Refcounts,
@@ -25,22 +25,7 @@ use crate::{
 /// Runs of clusters after which reference counts are written, so that they do not fill the memory.
 const RELIEVE: usize = 1 << 16;
 
-/// What the caller knows of a new snapshot.
-#[derive(Clone, Debug, Default)]
-pub struct NewSnapshot {
-    /// The name.
-    pub name: String,
-    /// Seconds since 1970.
-    pub date_sec: u32,
-    /// Nanoseconds within the second.
-    pub date_nsec: u32,
-    /// Guest run time in nanoseconds.
-    pub vm_clock_nsec: u64,
-    /// Bytes of VM state, written behind the disk before.
-    pub vm_state_size: u64,
-    /// The record/replay instruction count, where there is one.
-    pub icount: Option<u64>,
-}
+pub use crate::extras::NewSnapshot;
 
 /// Makes a snapshot in an image that is not open. Returns its id.
 ///
@@ -61,6 +46,10 @@ pub async fn create_offline(io: &Io, file: FileId, new: &NewSnapshot) -> Result<
 /// [`NotFound`](crate::ErrorKind::NotFound), and as [`create_offline`].
 pub async fn apply_offline(io: &Io, file: FileId, id_or_name: &str) -> Result<()> {
     let (mut header, counts) = open(io, file).await?;
+    if header.autoclear_features.contains(Autoclear::BITMAPS) {
+        // They say what was written since; that would not be true any more.
+        return Err(Error::invalid_argument("Device has active dirty bitmaps"));
+    }
     Editor::new(io, file, &mut header, &counts)
         .apply(id_or_name)
         .await
@@ -77,7 +66,8 @@ pub async fn delete_offline(io: &Io, file: FileId, id_or_name: &str) -> Result<(
         .await
 }
 
-async fn open(io: &Io, file: FileId) -> Result<(Header, Refcounts)> {
+/// The header and the reference counts of an image that is to be changed.
+pub(in crate::formats::qcow2) async fn open(io: &Io, file: FileId) -> Result<(Header, Refcounts)> {
     let mut header = Header::read(io, file).await?;
     header.check_supported(true)?;
     crate::formats::qcow2::repair::repair_dirty(io, file, &mut header).await?;
@@ -140,6 +130,7 @@ impl<'a> Editor<'a> {
 
     /// Makes a snapshot of the disk and returns its id.
     pub(in crate::formats::qcow2) async fn create(&mut self, new: &NewSnapshot) -> Result<String> {
+        self.check_data_file()?;
         let mut table = SnapshotTable::read(self.io, self.file, self.header).await?;
         if table.snapshots.len() >= MAX_SNAPSHOTS as usize {
             return Err(Error::invalid_argument(format!(
@@ -207,6 +198,7 @@ impl<'a> Editor<'a> {
 
     /// Makes the disk what it was at a snapshot; its size too.
     pub(in crate::formats::qcow2) async fn apply(&mut self, id_or_name: &str) -> Result<()> {
+        self.check_data_file()?;
         let table = SnapshotTable::read(self.io, self.file, self.header).await?;
         let at = table
             .find(id_or_name)
@@ -263,6 +255,7 @@ impl<'a> Editor<'a> {
 
     /// Deletes a snapshot.
     pub(in crate::formats::qcow2) async fn delete(&mut self, id_or_name: &str) -> Result<()> {
+        self.check_data_file()?;
         let mut table = SnapshotTable::read(self.io, self.file, self.header).await?;
         let at = table
             .find(id_or_name)
@@ -288,12 +281,25 @@ impl<'a> Editor<'a> {
         self.end().await
     }
 
-    async fn active_l1(&self) -> Result<Vec<u64>> {
+    /// Nobody counts the references to clusters of an external data file.
+    fn check_data_file(&self) -> Result<()> {
+        if self.header.has(Incompatible::DATA_FILE) {
+            return Err(Error::unsupported(
+                "internal snapshots: expected an image without an external data file",
+            ));
+        }
+        Ok(())
+    }
+
+    pub(in crate::formats::qcow2) async fn active_l1(&self) -> Result<Vec<u64>> {
         self.read_l1(self.header.l1_table_offset, self.header.l1_size)
             .await
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(in crate::formats::qcow2) async fn snapshot_l1(
+        &self,
+        snapshot: &Snapshot,
+    ) -> Result<Vec<u64>> {
         let (offset, size) = (snapshot.l1_table_offset, snapshot.l1_size);
         let bytes = u64::from(size) * 8;
         let in_file = offset.checked_add(bytes).is_some_and(|end| {
@@ -333,7 +339,7 @@ impl<'a> Editor<'a> {
         Ok(())
     }
 
-    async fn read_l2(&self, entry: u64) -> Result<AlignedBuf> {
+    pub(in crate::formats::qcow2) async fn read_l2(&self, entry: u64) -> Result<AlignedBuf> {
         let offset = entry & OFFSET_MASK;
         if self.geometry.in_cluster(offset) != 0 {
             return Err(Error::corrupt(format!(
@@ -452,7 +458,7 @@ impl<'a> Editor<'a> {
     }
 
     /// Makes the COPIED flags of the active tables say what the reference counts say.
-    async fn set_copied(&self, l1: &[u64]) -> Result<()> {
+    pub(in crate::formats::qcow2) async fn set_copied(&self, l1: &[u64]) -> Result<()> {
         self.io.sync(self.file).await?;
         let bits = self.geometry.cluster_bits;
         let mut flagged = l1.to_vec();
@@ -524,6 +530,19 @@ impl<'a> Editor<'a> {
         self.write_counts().await
     }
 
+    /// Writes another snapshot table in the place of the one there is.
+    pub(in crate::formats::qcow2) async fn replace_table(
+        &mut self,
+        table: &SnapshotTable,
+    ) -> Result<()> {
+        let mut taken = Vec::new();
+        let result = self.switch_table(table, &mut taken).await;
+        if result.is_err() {
+            self.give_back(&[], taken).await?;
+        }
+        result
+    }
+
     /// Gives back the clusters of a table that nothing names any more.
     async fn release_bytes(&self, offset: u64, len: u64) -> Result<()> {
         let bits = self.geometry.cluster_bits;
@@ -545,7 +564,7 @@ impl<'a> Editor<'a> {
     }
 
     /// Writes changed reference counts and what they count, durably.
-    async fn write_counts(&mut self) -> Result<()> {
+    pub(in crate::formats::qcow2) async fn write_counts(&mut self) -> Result<()> {
         write_counts(self.io, self.file, self.counts, self.header).await?;
         self.io.sync(self.file).await
     }

@@ -1,0 +1,380 @@
+//! The HBA: generic host control, and the way to the ports.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use block::AsyncDiskFile;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    drive::{Device, Drive},
+    interrupt::{HbaInterrupt, Irq},
+    port::Port,
+    queue::{PortQueue, PortWorker},
+    regs::{self, cap, ghc},
+};
+use crate::{
+    Error, MemorySource, Result,
+    ata::{AtaDisk, DiskConfig},
+    stats::QueueStats,
+    worker::Worker,
+};
+
+/// Where an HBA does what other models do, and not what the specification says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quirks {
+    /// A command that reads with PIO ends with a Register FIS after its last PIO Setup FIS.
+    pub register_after_pio_in: bool,
+    /// Descriptors do not interrupt (PxIS.DPS), whatever they ask for.
+    pub no_descriptor_interrupt: bool,
+}
+
+/// How an HBA is made.
+#[derive(Clone, Debug)]
+pub struct HbaConfig {
+    /// Ports, 1 to 32.
+    pub ports: u8,
+    /// CAP.SSS: a port is silent until the driver sets PxCMD.SUD.
+    pub staggered_spin_up: bool,
+    /// CAP.CCCS: command completion coalescing. It needs a bit of IS, so that 32 ports have none.
+    pub coalescing: bool,
+    /// What VS says: 0001_0301h is AHCI 1.3.1.
+    pub version: u32,
+    /// Deviations.
+    pub quirks: Quirks,
+}
+
+impl Default for HbaConfig {
+    fn default() -> Self {
+        Self {
+            ports: 6,
+            staggered_spin_up: false,
+            coalescing: true,
+            version: 0x0001_0301,
+            quirks: Quirks::default(),
+        }
+    }
+}
+
+/// What the ports of an HBA and their workers share.
+pub(super) struct Shared {
+    pub(super) config: HbaConfig,
+    ports: Vec<Mutex<Port>>,
+    irq: Mutex<Irq>,
+    /// Coalesced completions wait for their time.
+    pub(super) coalescing: AtomicBool,
+    stats: Vec<Arc<QueueStats>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The port; it is locked before the interrupts, never after.
+    pub(super) fn port(&self, index: u32) -> MutexGuard<'_, Port> {
+        lock(&self.ports[index as usize])
+    }
+
+    pub(super) fn irq(&self) -> MutexGuard<'_, Irq> {
+        lock(&self.irq)
+    }
+
+    /// Shows the interrupts of a port, after `completed` commands.
+    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) {
+        let mut irq = self.irq();
+        irq.port(index, port.interrupts());
+        irq.completed(index, completed);
+        self.coalescing
+            .store(irq.due().is_some(), Ordering::Relaxed);
+    }
+
+    /// Wakes the worker of a port.
+    fn kick(port: &Port) {
+        if let Some(doorbell) = &port.doorbell {
+            // It only fails when it is readable already.
+            let _ = doorbell.write(1);
+        }
+    }
+}
+
+/// An AHCI host bus adapter. Every method may be called from any thread.
+pub struct Hba {
+    shared: Arc<Shared>,
+}
+
+impl Hba {
+    /// An HBA with empty ports.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a number of ports out of range.
+    pub fn new(config: HbaConfig) -> Result<Self> {
+        if !(1..=32).contains(&config.ports) {
+            return Err(Error::Config(format!(
+                "ports is {}, not 1 to 32",
+                config.ports
+            )));
+        }
+        let ccc_bit = (config.coalescing && config.ports < 32).then_some(u32::from(config.ports));
+        let staggered = config.staggered_spin_up;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                ports: (0..config.ports)
+                    .map(|_| Mutex::new(Port::new(staggered)))
+                    .collect(),
+                irq: Mutex::new(Irq::new(ccc_bit)),
+                coalescing: AtomicBool::new(false),
+                stats: (0..config.ports).map(|_| Arc::default()).collect(),
+                config,
+            }),
+        })
+    }
+
+    /// How it was made.
+    #[must_use]
+    pub fn config(&self) -> &HbaConfig {
+        &self.shared.config
+    }
+
+    /// Bytes of the register space (the ABAR, BAR 5).
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        let end = regs::PORTS + u64::from(self.config().ports) * regs::PORT_SIZE;
+        end.next_multiple_of(4096)
+    }
+
+    /// Where interrupts go from now on.
+    pub fn set_interrupt(&self, sink: Arc<dyn HbaInterrupt>) {
+        self.shared.irq().set_sink(sink);
+    }
+
+    /// The counters of a port.
+    #[must_use]
+    pub fn stats(&self, port: u8) -> Option<&Arc<QueueStats>> {
+        self.shared.stats.get(usize::from(port))
+    }
+
+    fn check(&self, port: u8) -> Result<u32> {
+        if port < self.config().ports {
+            return Ok(u32::from(port));
+        }
+        Err(Error::NoSuchQueue {
+            queue: u16::from(port),
+            queues: u16::from(self.config().ports),
+        })
+    }
+
+    /// Plugs a disk into a port, in place of what is there. The driver sees it as hot plug.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchQueue`] for a port that is not there, [`Error::Config`] as
+    /// [`AtaDisk::new`].
+    pub fn plug_disk(
+        &self,
+        port: u8,
+        disk: Box<dyn AsyncDiskFile>,
+        config: DiskConfig,
+    ) -> Result<()> {
+        let port = self.check(port)?;
+        let size = Arc::new(AtomicU64::new(disk.size()));
+        let device = AtaDisk::new(config, Arc::clone(&size))?;
+        disk.on_resize(Box::new(move |now| size.store(now, Ordering::Release)));
+        self.plug(
+            port,
+            Some(Drive {
+                device: Device::Disk(device),
+                disk: Some(disk),
+            }),
+        );
+        Ok(())
+    }
+
+    /// Takes the drive out of a port, while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchQueue`] for a port that is not there.
+    pub fn unplug(&self, port: u8) -> Result<()> {
+        let port = self.check(port)?;
+        self.plug(port, None);
+        Ok(())
+    }
+
+    fn plug(&self, index: u32, drive: Option<Drive>) {
+        let mut port = self.shared.port(index);
+        port.plug(drive);
+        self.shared.interrupt(index, &port, 0);
+        port.wants_doorbell = false;
+        Shared::kick(&port);
+    }
+
+    /// The doorbell of a port: an eventfd that wakes its worker. Without one a VMM calls
+    /// [`Worker::process`] itself after every register write.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchQueue`] for a port that is not there; the host's error when there is no
+    /// eventfd to be had.
+    pub fn doorbell(&self, port: u8) -> Result<Arc<EventFd>> {
+        let index = self.check(port)?;
+        let mut port = self.shared.port(index);
+        if let Some(doorbell) = &port.doorbell {
+            return Ok(Arc::clone(doorbell));
+        }
+        let doorbell =
+            EventFd::new(EFD_NONBLOCK).map_err(|source: io::Error| Error::Descriptor {
+                what: "doorbell",
+                source,
+            })?;
+        let doorbell = Arc::new(doorbell);
+        port.doorbell = Some(Arc::clone(&doorbell));
+        Ok(doorbell)
+    }
+
+    /// The worker of a port. It belongs to the calling thread, which drives it; a port has one at a
+    /// time. It lives through hot plug and changes of the medium.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchQueue`] for a port that is not there.
+    pub fn port_worker<S: MemorySource>(&self, port: u8, memory: S) -> Result<PortWorker<S>> {
+        let index = self.check(port)?;
+        let stats = Arc::clone(&self.shared.stats[index as usize]);
+        let front = PortQueue::new(Arc::clone(&self.shared), index, memory, stats);
+        Ok(Worker::without_disk(front))
+    }
+
+    /// Reset of the whole function: what [`GHC.HR`](Self::write) does.
+    pub fn reset(&self) {
+        for index in 0..u32::from(self.config().ports) {
+            let mut port = self.shared.port(index);
+            port.reset();
+            // Forgotten requests end in the worker.
+            port.wants_doorbell = false;
+            Shared::kick(&port);
+        }
+        self.shared.irq().reset();
+    }
+
+    /// Whether a reset still waits for requests in flight.
+    #[must_use]
+    pub fn is_resetting(&self) -> bool {
+        (0..u32::from(self.config().ports)).any(|index| self.shared.port(index).resetting)
+    }
+
+    /// Reads from the register space, at any offset and of any length. What is not there reads as
+    /// zeroes.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut at = offset;
+        let mut data = data;
+        while !data.is_empty() {
+            let skip = (at & 3) as usize;
+            let take = data.len().min(4 - skip);
+            let value = self.read_register(at & !3).to_le_bytes();
+            let (now, later) = data.split_at_mut(take);
+            now.copy_from_slice(&value[skip..skip + take]);
+            at = at.wrapping_add(take as u64);
+            data = later;
+        }
+    }
+
+    /// Writes to the register space. Only the bytes that are written count.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let mut at = offset;
+        let mut data = data;
+        while !data.is_empty() {
+            let skip = (at & 3) as usize;
+            let take = data.len().min(4 - skip);
+            let (now, later) = data.split_at(take);
+            let (mut value, mut mask) = ([0; 4], [0; 4]);
+            value[skip..skip + take].copy_from_slice(now);
+            mask[skip..skip + take].fill(0xff);
+            self.write_register(at & !3, u32::from_le_bytes(value), u32::from_le_bytes(mask));
+            at = at.wrapping_add(take as u64);
+            data = later;
+        }
+    }
+
+    /// The port and register at an offset.
+    fn port_at(&self, offset: u64) -> Option<(u32, u64)> {
+        let at = offset.checked_sub(regs::PORTS)?;
+        let index = u32::try_from(at / regs::PORT_SIZE).ok()?;
+        (index < u32::from(self.config().ports)).then_some((index, at % regs::PORT_SIZE))
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        if let Some((index, register)) = self.port_at(offset) {
+            return self.shared.port(index).read(register);
+        }
+        let config = self.config();
+        match offset {
+            regs::CAP => self.capabilities(),
+            regs::GHC => {
+                let ie = if self.shared.irq().enabled {
+                    ghc::IE
+                } else {
+                    0
+                };
+                let hr = if self.is_resetting() { ghc::HR } else { 0 };
+                ghc::AE | ie | hr
+            }
+            regs::IS => self.shared.irq().is,
+            regs::PI => u32::MAX >> (32 - config.ports),
+            regs::VS => config.version,
+            regs::CCC_CTL => self.shared.irq().ccc_ctl,
+            regs::CCC_PORTS => self.shared.irq().ccc_ports,
+            _ => 0,
+        }
+    }
+
+    fn capabilities(&self) -> u32 {
+        let config = self.config();
+        let mut cap = cap::S64A | cap::SNCQ | cap::SCLO | cap::ISS_GEN3 | cap::SAM | cap::PMD;
+        cap |= cap::NCS_32 | u32::from(config.ports - 1);
+        if config.staggered_spin_up {
+            cap |= cap::SSS;
+        }
+        if config.coalescing && config.ports < 32 {
+            cap |= cap::CCCS;
+        }
+        cap
+    }
+
+    fn write_register(&self, offset: u64, value: u32, mask: u32) {
+        if let Some((index, register)) = self.port_at(offset) {
+            let mut port = self.shared.port(index);
+            let effects = port.write(register, value, mask);
+            if register != regs::px::CI {
+                self.shared.interrupt(index, &port, 0);
+            }
+            if effects.kick {
+                Shared::kick(&port);
+            }
+            return;
+        }
+        let ones = value & mask;
+        match offset {
+            regs::GHC => {
+                if ones & ghc::HR != 0 {
+                    self.reset();
+                } else if mask & ghc::IE != 0 {
+                    self.shared.irq().enable(ones & ghc::IE != 0);
+                }
+            }
+            regs::IS => self.shared.irq().clear(ones),
+            regs::CCC_CTL => {
+                let mut irq = self.shared.irq();
+                let value = irq.ccc_ctl & !mask | ones;
+                irq.write_ccc_ctl(value);
+            }
+            regs::CCC_PORTS if self.capabilities() & cap::CCCS != 0 => {
+                let implemented = u32::MAX >> (32 - self.config().ports);
+                let mut irq = self.shared.irq();
+                irq.ccc_ports = (irq.ccc_ports & !mask | ones) & implemented;
+            }
+            _ => {}
+        }
+    }
+}

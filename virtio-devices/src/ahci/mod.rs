@@ -1,0 +1,30 @@
+//! An AHCI 1.3.1 host bus adapter: the control plane. The data plane of a port is [`PortWorker`].
+//!
+//! ```text
+//! Hba (Send + Sync)                registers of the ABAR, hot plug, interrupts, state
+//!    │ port_worker(n, memory), on the port's thread
+//!    ▼
+//! PortWorker = Worker<PortQueue>   one a port: command list, FISes, data; stays on its thread
+//!    │ TaskFile          ▲ Step
+//!    ▼                   │
+//! ata::AtaDisk                     what a command means; knows neither memory nor disks
+//! ```
+//!
+//! Registers can be accessed from any thread. Writing PxCI wakes the port's worker through
+//! [`Hba::doorbell`], if it sleeps.
+
+mod command;
+mod drive;
+pub mod driver;
+mod fis;
+mod hba;
+mod interrupt;
+mod port;
+mod post;
+mod queue;
+pub mod regs;
+mod slot;
+
+pub use hba::{Hba, HbaConfig, Quirks};
+pub use interrupt::HbaInterrupt;
+pub use queue::{PortQueue, PortWorker};

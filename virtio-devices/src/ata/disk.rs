@@ -1,0 +1,381 @@
+//! An ATA disk: its configuration, its state, and which command goes where.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    NcqError, Payload, Protocol, Registers, Step, TaskFile, error, logs::HostLogs, opcode,
+    smart::ErrorEntry, status,
+};
+use crate::{Error, Result};
+
+/// What TRIM does on a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trim {
+    /// It is not offered.
+    None,
+    /// A hint; what is read afterwards may be the old data.
+    Hint,
+    /// What is trimmed reads as zeroes (DRAT and RZAT).
+    Zero,
+}
+
+/// What a disk says of itself.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// At most 40 ASCII characters.
+    pub model: String,
+    /// At most 20 ASCII characters.
+    pub serial: String,
+    /// At most 8 ASCII characters.
+    pub firmware: String,
+    /// The world wide name; 0 is none.
+    pub wwn: u64,
+    /// Bytes of a logical sector: 512 or 4096.
+    pub logical_sector: u32,
+    /// Bytes of a physical sector: a power of two, at least a logical one, at most 64 KiB.
+    pub physical_sector: u32,
+    /// Refuse everything that writes.
+    pub read_only: bool,
+    /// What TRIM does.
+    pub trim: Trim,
+    /// Whether the disk starts with a volatile write cache.
+    pub write_cache: bool,
+}
+
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            model: "Platter SATA disk".to_owned(),
+            serial: "PLATTER0".to_owned(),
+            firmware: "1.0".to_owned(),
+            wwn: 0,
+            logical_sector: 512,
+            physical_sector: 512,
+            read_only: false,
+            trim: Trim::None,
+            write_cache: true,
+        }
+    }
+}
+
+impl DiskConfig {
+    fn check(&self) -> Result<()> {
+        check_text("model", &self.model, 40)?;
+        check_text("serial", &self.serial, 20)?;
+        check_text("firmware", &self.firmware, 8)?;
+        if !matches!(self.logical_sector, 512 | 4096) {
+            return Err(Error::Config(format!(
+                "logical_sector is {}, not 512 or 4096",
+                self.logical_sector
+            )));
+        }
+        let physical = self.physical_sector;
+        if !physical.is_power_of_two() || physical < self.logical_sector || physical > 1 << 16 {
+            return Err(Error::Config(format!(
+                "physical_sector is {physical}, not a power of two from {} to 65536",
+                self.logical_sector
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a text fits into the field of an IDENTIFY.
+pub(super) fn check_text(name: &str, text: &str, limit: usize) -> Result<()> {
+    if text.len() > limit || !text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
+        return Err(Error::Config(format!(
+            "{name} '{text}' is not at most {limit} printable ASCII characters"
+        )));
+    }
+    Ok(())
+}
+
+/// The power modes (ACS-3, 4.15).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Power {
+    /// Active.
+    Active,
+    /// Idle.
+    Idle,
+    /// Standby.
+    Standby,
+    /// Only a reset helps.
+    Sleep,
+}
+
+/// Everything about a disk that a driver changes, and its counters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// Whether the volatile write cache is on.
+    pub write_cache: bool,
+    /// Whether read look-ahead is on; it changes nothing.
+    pub look_ahead: bool,
+    /// Sectors of a DRQ block of READ and WRITE MULTIPLE; 0 is off.
+    pub multiple: u8,
+    /// The transfer mode that was set last (SET FEATURES 03h).
+    pub transfer_mode: u8,
+    /// The power mode.
+    pub power: Power,
+    /// Whether SMART is on.
+    pub smart: bool,
+    /// Whether attributes are saved by themselves.
+    pub smart_autosave: bool,
+    /// Whether settings survive a COMRESET (software settings preservation).
+    pub preserve_settings: bool,
+    /// Whether a software reset keeps the settings (SET FEATURES 66h).
+    pub keep_on_reset: bool,
+    /// Heads and sectors a track, for cylinder, head and sector addresses.
+    pub geometry: (u8, u8),
+    /// Why queued commands are refused, until the log was read.
+    pub ncq_error: Option<NcqError>,
+    /// Counters.
+    pub counters: Counters,
+    /// The newest errors.
+    pub(super) errors: Vec<ErrorEntry>,
+    /// What the host keeps in logs 80h to 9Fh.
+    pub(super) host_logs: HostLogs,
+}
+
+/// What a disk counts for SMART and for the device statistics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Read commands.
+    pub reads: u64,
+    /// Write commands.
+    pub writes: u64,
+    /// Logical sectors read.
+    pub sectors_read: u64,
+    /// Logical sectors written.
+    pub sectors_written: u64,
+    /// Commands that failed because of the medium.
+    pub media_errors: u64,
+    /// Commands that failed.
+    pub errors: u64,
+    /// Times it was powered on, or plugged in.
+    pub power_cycles: u64,
+    /// COMRESETs.
+    pub comresets: u64,
+    /// Software resets.
+    pub soft_resets: u64,
+    /// Seconds powered on before this power cycle.
+    pub seconds: u64,
+}
+
+/// An ATA disk: parses commands, keeps the drive's settings. It does no I/O.
+#[derive(Debug)]
+pub struct AtaDisk {
+    pub(super) config: DiskConfig,
+    pub(super) state: DiskState,
+    /// Bytes; the disk may be resized.
+    size: Arc<AtomicU64>,
+    pub(super) since: Instant,
+}
+
+impl AtaDisk {
+    /// A disk of `size` bytes, which may change.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for sector sizes or texts that ATA cannot express.
+    pub fn new(config: DiskConfig, size: Arc<AtomicU64>) -> Result<Self> {
+        config.check()?;
+        let mut disk = Self {
+            state: DiskState {
+                write_cache: config.write_cache,
+                look_ahead: true,
+                multiple: 0,
+                transfer_mode: 0x46,
+                power: Power::Active,
+                smart: true,
+                smart_autosave: true,
+                preserve_settings: true,
+                keep_on_reset: false,
+                geometry: super::io::DEFAULT_GEOMETRY,
+                ncq_error: None,
+                counters: Counters::default(),
+                errors: Vec::new(),
+                host_logs: HostLogs::default(),
+            },
+            config,
+            size,
+            since: Instant::now(),
+        };
+        disk.state.counters.power_cycles = 1;
+        Ok(disk)
+    }
+
+    /// How it was made.
+    #[must_use]
+    pub fn config(&self) -> &DiskConfig {
+        &self.config
+    }
+
+    /// The number of logical sectors.
+    #[must_use]
+    pub fn sectors(&self) -> u64 {
+        // 48 bits of address.
+        (self.size.load(Ordering::Acquire) / u64::from(self.config.logical_sector)).min(1 << 48)
+    }
+
+    /// Seconds powered on, in all.
+    pub(super) fn seconds(&self) -> u64 {
+        self.state
+            .counters
+            .seconds
+            .saturating_add(self.since.elapsed().as_secs())
+    }
+
+    /// What has to be saved.
+    #[must_use]
+    pub fn save(&self) -> DiskState {
+        let mut state = self.state.clone();
+        state.counters.seconds = self.seconds();
+        state
+    }
+
+    /// Takes a saved state, which is not trusted.
+    ///
+    /// # Errors
+    /// [`Error::State`] for values that no command could have set.
+    pub fn restore(&mut self, state: DiskState) -> Result<()> {
+        if state.multiple != 0
+            && (!state.multiple.is_power_of_two() || state.multiple > super::io::MAX_MULTIPLE)
+        {
+            return Err(Error::State(format!(
+                "multiple is {}, not a power of two up to {}",
+                state.multiple,
+                super::io::MAX_MULTIPLE
+            )));
+        }
+        if state.geometry.0 == 0 || state.geometry.0 > 16 || state.geometry.1 == 0 {
+            return Err(Error::State(format!(
+                "a geometry of {} heads and {} sectors",
+                state.geometry.0, state.geometry.1
+            )));
+        }
+        if state.errors.len() > super::smart::ERRORS || !state.host_logs.is_sane() {
+            return Err(Error::State("logs are larger than they can be".to_owned()));
+        }
+        self.state = state;
+        self.since = Instant::now();
+        Ok(())
+    }
+
+    /// Starts a command.
+    pub fn command(&mut self, task: &TaskFile) -> Step {
+        if self.state.power == Power::Sleep {
+            return self.abort(task);
+        }
+        let pio = Protocol::Pio {
+            block: self.config.logical_sector,
+        };
+        match task.command {
+            opcode::READ_SECTORS | opcode::READ_SECTORS_NORETRY => self.rw28(task, pio, false),
+            opcode::WRITE_SECTORS | opcode::WRITE_SECTORS_NORETRY => self.rw28(task, pio, true),
+            opcode::READ_DMA | opcode::READ_DMA_NORETRY => self.rw28(task, Protocol::Dma, false),
+            opcode::WRITE_DMA | opcode::WRITE_DMA_NORETRY => self.rw28(task, Protocol::Dma, true),
+            opcode::READ_SECTORS_EXT => self.rw48(task, pio, false, false),
+            opcode::WRITE_SECTORS_EXT => self.rw48(task, pio, true, false),
+            opcode::READ_DMA_EXT => self.rw48(task, Protocol::Dma, false, false),
+            opcode::WRITE_DMA_EXT => self.rw48(task, Protocol::Dma, true, false),
+            opcode::WRITE_DMA_FUA_EXT => self.rw48(task, Protocol::Dma, true, true),
+            opcode::READ_MULTIPLE
+            | opcode::WRITE_MULTIPLE
+            | opcode::READ_MULTIPLE_EXT
+            | opcode::WRITE_MULTIPLE_EXT
+            | opcode::WRITE_MULTIPLE_FUA_EXT => self.multiple(task),
+            opcode::READ_FPDMA_QUEUED
+            | opcode::WRITE_FPDMA_QUEUED
+            | opcode::SEND_FPDMA_QUEUED
+            | opcode::RECEIVE_FPDMA_QUEUED => self.queued(task),
+            opcode::READ_VERIFY | opcode::READ_VERIFY_NORETRY | opcode::READ_VERIFY_EXT => {
+                self.verify(task)
+            }
+            opcode::FLUSH_CACHE | opcode::FLUSH_CACHE_EXT => Step::Flush,
+            opcode::DATA_SET_MANAGEMENT => self.data_set_management(task),
+            opcode::IDENTIFY_DEVICE => Step::In {
+                protocol: Protocol::Pio { block: 512 },
+                data: self.identify().to_vec(),
+            },
+            opcode::SET_FEATURES => self.set_features(task),
+            opcode::SET_MULTIPLE_MODE => self.set_multiple(task),
+            opcode::INITIALIZE_DEVICE_PARAMETERS => self.initialize_parameters(task),
+            opcode::READ_NATIVE_MAX | opcode::READ_NATIVE_MAX_EXT => self.native_max(task),
+            opcode::SEEK..=0x7f | opcode::RECALIBRATE..=0x1f => Step::End(Registers::ready(task)),
+            opcode::EXECUTE_DEVICE_DIAGNOSTIC => Step::End(Self::signature()),
+            opcode::STANDBY_IMMEDIATE..=opcode::SLEEP
+            | opcode::STANDBY_IMMEDIATE_OLD..=opcode::SLEEP_OLD => self.power(task),
+            opcode::SMART => self.smart(task),
+            opcode::READ_LOG_EXT | opcode::READ_LOG_DMA_EXT => self.read_log_command(task),
+            opcode::WRITE_LOG_EXT | opcode::WRITE_LOG_DMA_EXT => self.write_log_command(task),
+            // NOP always ends like this; so does everything that is not offered.
+            _ => self.abort(task),
+        }
+    }
+
+    /// Goes on with the data that a [`Step::Out`] asked for.
+    pub fn data_out(&mut self, task: &TaskFile, payload: Payload, data: &[u8]) -> Step {
+        match payload {
+            Payload::Trim => self.trim(task, data),
+            Payload::Log { address, page } => {
+                self.state.host_logs.write(address, page, data);
+                Step::End(Registers::ready(task))
+            }
+            Payload::Ignored => Step::End(Registers::ready(task)),
+        }
+    }
+
+    /// The registers after a reset or a diagnostic: the signature of an ATA disk.
+    #[must_use]
+    pub fn signature() -> Registers {
+        Registers {
+            status: status::READY,
+            error: 1,
+            count: 1,
+            lba: 1,
+            device: 0,
+        }
+    }
+
+    /// A reset of the device: `hard` is a COMRESET or power on, otherwise a software reset.
+    pub fn reset(&mut self, hard: bool) {
+        self.state.ncq_error = None;
+        self.state.power = Power::Active;
+        let counters = &mut self.state.counters;
+        let keep = if hard {
+            counters.comresets += 1;
+            self.state.preserve_settings
+        } else {
+            counters.soft_resets += 1;
+            self.state.keep_on_reset
+        };
+        if !keep {
+            self.state.multiple = 0;
+            self.state.look_ahead = true;
+            self.state.write_cache = self.config.write_cache;
+            self.state.geometry = super::io::DEFAULT_GEOMETRY;
+        }
+    }
+
+    /// A command that is not offered, or a field of which is wrong.
+    pub(super) fn abort(&mut self, task: &TaskFile) -> Step {
+        Step::End(self.fail(task, error::ABRT))
+    }
+
+    /// Counts a failure, and the registers for it.
+    pub(super) fn fail(&mut self, task: &TaskFile, error: u8) -> Registers {
+        let registers = Registers::failed(task, error);
+        // An unknown command says nothing about the health of the disk.
+        if error != error::ABRT {
+            self.note_error(task, registers);
+        }
+        registers
+    }
+}

@@ -1,0 +1,112 @@
+//! ATA devices (ACS-3): what a command asks for, as a value. No transport and no I/O is here: a host
+//! adapter ([`ahci`](crate::ahci)) hands in a [`TaskFile`], does what the [`Step`] says, and hands back
+//! what came of it.
+//!
+//! ```text
+//!  TaskFile ──► AtaDisk::command / AtapiDrive::command ──► Step
+//!                    ▲ data_out, packet, finish              │ the adapter does it
+//!                    └───────────────────────────────────────┘
+//! ```
+
+mod disk;
+mod features;
+mod identify;
+mod io;
+mod logs;
+pub mod opcode;
+mod smart;
+mod taskfile;
+
+use serde::{Deserialize, Serialize};
+
+pub use disk::{AtaDisk, Counters, DiskConfig, DiskState, Power, Trim};
+pub use logs::NcqError;
+pub use taskfile::{Registers, TaskFile, error, status};
+
+/// How the data of a command travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protocol {
+    /// In blocks of so many bytes, each announced with a PIO Setup.
+    Pio {
+        /// Bytes of a DRQ block.
+        block: u32,
+    },
+    /// DMA.
+    Dma,
+    /// First-party DMA: a queued command.
+    Fpdma,
+}
+
+/// A run of bytes of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The first byte.
+    pub offset: u64,
+    /// The number of bytes, at least 1.
+    pub len: u64,
+}
+
+/// What is done once data has come from the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Payload {
+    /// The ranges of a TRIM.
+    Trim,
+    /// Pages of a log.
+    Log {
+        /// The log.
+        address: u8,
+        /// Its first page.
+        page: u16,
+    },
+    /// Nobody wants it: the log may be written, but does not keep anything.
+    Ignored,
+}
+
+/// What a device wants of its adapter, so that a command can go on.
+#[derive(Debug)]
+pub enum Step {
+    /// The command has ended.
+    End(Registers),
+    /// Give the host this data, then the command has ended well.
+    In {
+        /// How.
+        protocol: Protocol,
+        /// What.
+        data: Vec<u8>,
+    },
+    /// Get data from the host and call [`AtaDisk::data_out`].
+    Out {
+        /// How.
+        protocol: Protocol,
+        /// The number of bytes.
+        len: u32,
+        /// What it is for.
+        payload: Payload,
+    },
+    /// Move bytes between disk and host; then call [`AtaDisk::finish`].
+    Transfer {
+        /// How.
+        protocol: Protocol,
+        /// To the disk.
+        write: bool,
+        /// Complete only when it is durable.
+        fua: bool,
+        /// Where on the disk.
+        range: Range,
+    },
+    /// Read without giving the data to the host; then call [`AtaDisk::finish`].
+    Verify(Range),
+    /// Make everything durable; then call [`AtaDisk::finish`].
+    Flush,
+    /// The ranges are not needed any more; then call [`AtaDisk::finish`].
+    Trim {
+        /// What to trim.
+        ranges: Vec<Range>,
+        /// They have to read as zeroes afterwards.
+        zero: bool,
+        /// It has to be durable when the command ends.
+        durable: bool,
+    },
+    /// Get the command packet from the host; for optical drives.
+    Packet,
+}
