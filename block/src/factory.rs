@@ -9,6 +9,7 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
+        luks::Luks,
         qcow2::{
             Qcow2, Qcow2Options,
             header::{Autoclear, Header, Incompatible},
@@ -187,11 +188,12 @@ impl Opener<'_> {
         match format {
             Format::Raw => self.open_raw(id, top),
             Format::Qcow2 => self.open_qcow2(id, top, Vec::new()).await,
+            Format::Luks => self.open_luks(id, 0).await,
         }
     }
 
-    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, by
-    /// which a chain that names itself is recognised.
+    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, as
+    /// many as this one is levels down: by them a chain that names itself is recognised.
     fn open_qcow2(
         &self,
         id: FileId,
@@ -209,6 +211,7 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
+            let depth = above.len();
             above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let data_file = self.open_data_file(&header, &path, (top, writable), &above)?;
             let backing = self.open_backing(&header, &path, top, above).await?;
@@ -217,6 +220,7 @@ impl Opener<'_> {
                 metadata_cache_size: self.options.metadata_cache_size,
                 data_file,
                 discard_no_unref: self.options.discard_no_unref,
+                unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
                 .await
@@ -378,7 +382,17 @@ impl Opener<'_> {
         Ok(Some(match format {
             Format::Raw => self.open_raw(id, false)?,
             Format::Qcow2 => self.open_qcow2(id, false, above).await?,
+            Format::Luks => self.open_luks(id, above.len()).await?,
         }))
+    }
+
+    /// Opens a LUKS volume, `depth` levels down.
+    async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
+        let writable = self.is_writable(depth);
+        let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
+            .await
+            .map_err(|error| error.path(&self.io.file_path(id)))?;
+        Ok(Arc::new(image))
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {

@@ -5,7 +5,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{Format, gate::FileGate, io::EngineKind};
+use crate::{
+    Format,
+    crypto::{Secret, Unlock},
+    gate::FileGate,
+    io::EngineKind,
+};
 
 /// How the host's page cache and flushes are used, as QEMU's cache modes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,6 +114,9 @@ pub struct OpenOptions {
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
+    /// Of the image, then of each image below.
+    pub(crate) keys: Vec<Option<Secret>>,
+    pub(crate) locked: bool,
 }
 
 /// The default of [`OpenOptions::metadata_cache_size`]: 32 MiB, which maps 256 GiB of a qcow2 image
@@ -139,6 +147,8 @@ impl Default for OpenOptions {
             allow_corrupt: false,
             writable_depth: None,
             lock_wait: Duration::ZERO,
+            keys: Vec::new(),
+            locked: false,
         }
     }
 }
@@ -315,6 +325,41 @@ impl OpenOptions {
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;
         self
+    }
+
+    /// The secret of an encrypted image.
+    #[must_use]
+    pub fn key(self, secret: Secret) -> Self {
+        self.backing_key(0, secret)
+    }
+
+    /// The secret of the encrypted image `depth` levels down the backing chain.
+    #[must_use]
+    pub fn backing_key(mut self, depth: usize, secret: Secret) -> Self {
+        // Longer than any chain.
+        if depth <= 256 {
+            let needed = self.keys.len().max(depth + 1);
+            self.keys.resize(needed, None);
+            self.keys[depth] = Some(secret);
+        }
+        self
+    }
+
+    /// Open encrypted images without their keys: what their headers say can be seen, data can be
+    /// neither read nor written.
+    #[must_use]
+    pub fn locked(mut self, locked: bool) -> Self {
+        self.locked = locked;
+        self
+    }
+
+    /// How the image `depth` levels down is unlocked.
+    pub(crate) fn unlock(&self, depth: usize) -> Unlock {
+        match self.keys.get(depth) {
+            Some(Some(secret)) => Unlock::With(secret.clone()),
+            _ if self.locked => Unlock::Locked,
+            _ => Unlock::Nothing,
+        }
     }
 
     pub(crate) fn is_direct(&self) -> bool {

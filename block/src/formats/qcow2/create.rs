@@ -2,11 +2,13 @@
 //! blocks, L1 table; with preallocation L2 tables and data clusters follow.
 
 use super::header::{
-    Autoclear, Compatible, CompressionType, ExtensionType, Header, Incompatible, MAX_L1_SIZE,
-    MAX_REFCOUNT_TABLE_SIZE,
+    Autoclear, Compatible, CompressionType, CryptMethod, ExtensionType, Header, Incompatible,
+    MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE,
 };
 use crate::{
     Error, FileId, Result,
+    crypto::{Secret, luks::LuksOptions},
+    formats::luks::volume::Volume,
     io::{AlignedBuf, FallocateMode, Io},
 };
 
@@ -38,6 +40,20 @@ impl Preallocation {
     }
 }
 
+/// How a new image is encrypted.
+#[derive(Clone, Debug)]
+pub enum Encrypt {
+    /// The legacy method, AES-128-CBC. Its key is the password, of which a new image knows nothing.
+    Aes,
+    /// LUKS.
+    Luks {
+        /// How.
+        options: LuksOptions,
+        /// The password of the first key slot.
+        secret: Secret,
+    },
+}
+
 /// What a new image should be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -65,8 +81,8 @@ pub struct CreateOptions {
     pub data_file: Option<String>,
     /// That file is a raw disk by itself. Takes at least the preallocation of metadata.
     pub data_file_raw: bool,
-    /// Refused for now: encryption by that method.
-    pub encrypt: Option<String>,
+    /// How guest data is encrypted.
+    pub encrypt: Option<Encrypt>,
 }
 
 impl Default for CreateOptions {
@@ -111,13 +127,8 @@ impl CreateOptions {
     /// [`Unsupported`](crate::ErrorKind::Unsupported) naming the feature.
     pub fn check(&self) -> Result<()> {
         let invalid = |message: &str| Err(Error::invalid_argument(message));
-        let refuse = |feature: &str| {
-            Err(Error::unsupported(format!(
-                "Unsupported qcow2 feature(s): {feature}"
-            )))
-        };
-        if let Some(method) = &self.encrypt {
-            return refuse(&format!("{method} encryption"));
+        if let Some(Encrypt::Luks { options, .. }) = &self.encrypt {
+            options.check()?;
         }
         if !(2..=3).contains(&self.version) {
             return invalid(
@@ -222,6 +233,8 @@ struct Layout {
     blocks: u64,
     l1_at: u64,
     l1_entries: u64,
+    /// The LUKS header.
+    crypto_at: u64,
     l2_at: u64,
     l2_tables: u64,
     data_at: u64,
@@ -230,7 +243,7 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(header: &Header, preallocate: bool) -> Result<Self> {
+    fn new(header: &Header, crypto_len: u64, preallocate: bool) -> Result<Self> {
         let too_large = || {
             Error::invalid_argument(
                 "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
@@ -242,6 +255,7 @@ impl Layout {
             return Err(too_large());
         }
         let l1_clusters = (l1_entries * 8).div_ceil(cluster_size);
+        let crypto_clusters = crypto_len.div_ceil(cluster_size);
         let (l2_tables, data_clusters) = if preallocate {
             (l1_entries, header.size.div_ceil(cluster_size))
         } else {
@@ -253,7 +267,8 @@ impl Layout {
         let block_bits = header.refcount_block_bits();
         let (mut table_clusters, mut blocks) = (1, 1);
         let end = loop {
-            let end = 1 + table_clusters + blocks + l1_clusters + l2_tables + counted_data;
+            let tables = 1 + table_clusters + blocks + l1_clusters + crypto_clusters + l2_tables;
+            let end = tables + counted_data;
             let needed_blocks = end.div_ceil(1 << block_bits);
             let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
             if needed_blocks <= blocks && needed_table <= table_clusters {
@@ -266,7 +281,8 @@ impl Layout {
             }
         };
         let l1_at = 1 + table_clusters + blocks;
-        let l2_at = l1_at + l1_clusters;
+        let crypto_at = l1_at + l1_clusters;
+        let l2_at = crypto_at + crypto_clusters;
         // Descriptors hold 56 bits of offset.
         if end > 1 << (56 - header.cluster_bits) {
             return Err(too_large());
@@ -280,6 +296,7 @@ impl Layout {
             blocks,
             l1_at,
             l1_entries,
+            crypto_at,
             l2_at,
             l2_tables,
             data_at: l2_at + l2_tables,
@@ -293,9 +310,11 @@ impl Layout {
     }
 
     /// The L2 entry of a preallocated cluster, and its bitmap: no subcluster has data yet.
-    fn l2_entry(&self, cluster: u64) -> [u64; 2] {
+    fn l2_entry(&self, cluster: u64, flag: u64) -> [u64; 2] {
         let first = if self.data_file { 0 } else { self.data_at };
-        [self.offset(first + cluster) | COPIED, 0]
+        // A bitmap without any bit says that nothing is there yet, encrypted or not.
+        let flag = if self.extended { 0 } else { flag };
+        [self.offset(first + cluster) | COPIED | flag, 0]
     }
 }
 
@@ -373,7 +392,12 @@ async fn create_in(io: &Io, file: FileId, data: FileId, options: &CreateOptions)
         // Says "no space" where a block device is too small.
         io.set_len(file, end).await?;
     }
-    write_tables(io, file, &layout, was_empty).await?;
+    let zero = prealloc_flag(options);
+    write_tables(io, file, &layout, zero, was_empty).await?;
+    if let Some(Encrypt::Luks { options, secret }) = &options.encrypt {
+        let at = layout.offset(layout.crypto_at);
+        Volume::create(io, file, at, *options, secret).await?;
+    }
     if layout.data_file {
         let start = 0;
         let len = header.size;
@@ -433,7 +457,24 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
         options.backing_file.as_deref(),
         options.backing_format.as_deref(),
     )?;
-    let layout = Layout::new(&header, options.takes() != Preallocation::Off)?;
+    let crypto_len = match &options.encrypt {
+        None => 0,
+        Some(Encrypt::Aes) => {
+            header.crypt_method = CryptMethod::Aes;
+            0
+        }
+        Some(Encrypt::Luks { options, .. }) => {
+            header.crypt_method = CryptMethod::Luks;
+            options.header_len()
+        }
+    };
+    let preallocate = options.takes() != Preallocation::Off;
+    let layout = Layout::new(&header, crypto_len, preallocate)?;
+    if crypto_len > 0 {
+        let at = layout.offset(layout.crypto_at);
+        let extension = [at.to_be_bytes(), crypto_len.to_be_bytes()].concat();
+        header.set_extension(ExtensionType::CRYPTO_HEADER, Some(extension));
+    }
     // Both fit: the tables are bounded.
     header.l1_size = layout.l1_entries as u32;
     header.l1_table_offset = layout.offset(layout.l1_at);
@@ -450,7 +491,19 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
     Ok((header, layout))
 }
 
-async fn write_tables(io: &Io, file: FileId, layout: &Layout, was_empty: bool) -> Result<()> {
+/// The zero flag for preallocated clusters of an encrypted image: the zeroes that they have in the
+/// file are no ciphertext of zeroes. Version 2 has no such flag.
+fn prealloc_flag(options: &CreateOptions) -> u64 {
+    u64::from(options.encrypt.is_some() && options.version >= 3)
+}
+
+async fn write_tables(
+    io: &Io,
+    file: FileId,
+    layout: &Layout,
+    flag: u64,
+    was_empty: bool,
+) -> Result<()> {
     let cluster_size = 1usize << layout.cluster_bits;
     let mut out = TableWriter {
         io,
@@ -522,7 +575,7 @@ async fn write_tables(io: &Io, file: FileId, layout: &Layout, was_empty: bool) -
     out.at = layout.offset(layout.l2_at);
     let words = if layout.extended { 2 } else { 1 };
     for cluster in 0..layout.data_clusters {
-        for word in &layout.l2_entry(cluster)[..words] {
+        for word in &layout.l2_entry(cluster, flag)[..words] {
             out.put(&word.to_be_bytes()).await?;
         }
     }

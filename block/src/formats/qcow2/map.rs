@@ -125,15 +125,19 @@ impl Qcow2 {
     /// Appends an extent; what is unallocated has nothing below it.
     fn push(&self, piece: Piece, len: u64, out: &mut Extents) {
         match piece {
-            Piece::Data(offset) => out.push(
-                len,
-                ExtentKind::Data {
-                    file: self.data_file,
-                    offset: HostOffset(offset),
-                },
-            ),
+            Piece::Data(offset) => self.push_data(offset, len, out),
             Piece::Compressed => out.push_opaque(len),
             Piece::Zero(_) | Piece::Unallocated(_) => out.push(len, ExtentKind::Zero),
+        }
+    }
+
+    /// Appends data at `offset` of the file with the guest's data.
+    fn push_data(&self, offset: u64, len: u64, out: &mut Extents) {
+        let (file, offset) = (self.data_file, HostOffset(offset));
+        if self.crypt.encryption.is_some() {
+            out.push_encrypted(len, file, offset);
+        } else {
+            out.push(len, ExtentKind::Data { file, offset });
         }
     }
 
@@ -305,7 +309,9 @@ impl Qcow2 {
             Piece::Data(offset) => Some(HostOffset(offset)),
             Piece::Zero(place) => place.map(HostOffset),
             Piece::Unallocated(_) | Piece::Compressed => None,
-        };
+        }
+        // What lies there encrypted is not what the guest sees.
+        .filter(|_| self.crypt.encryption.is_none());
         Ok(BlockStatus {
             len,
             depth: 0,

@@ -9,6 +9,7 @@
 //!   `resize`: other sizes.
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
 //!   the disk.
+//! * `crypt`: encryption.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 //! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
 //!   dirty bitmaps. `extras`: all three on an opened image.
@@ -21,6 +22,7 @@ mod claims;
 mod compressed;
 mod counts;
 pub mod create;
+mod crypt;
 mod entries;
 mod extras;
 mod flush;
@@ -46,6 +48,7 @@ use self::{
     bitmaps::Bitmaps,
     claims::Claims,
     compressed::Decompressed,
+    crypt::Crypt,
     flush::Pending,
     header::{Autoclear, Header, Incompatible},
     info::image_info,
@@ -57,6 +60,8 @@ use self::{
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    crypto::{KeyChange, Unlock},
+    encryption::Encryption,
     extras::ImageExtras,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
@@ -68,7 +73,7 @@ use crate::{
 const DECOMPRESSED_CACHE_BYTES: u64 = 4 << 20;
 
 /// How to open a qcow2 image.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Qcow2Options {
     /// Open for writing.
     pub(crate) writable: bool,
@@ -78,6 +83,8 @@ pub(crate) struct Qcow2Options {
     pub(crate) data_file: Option<FileId>,
     /// A discard gives host space back but keeps the clusters.
     pub(crate) discard_no_unref: bool,
+    /// What opens an encrypted image.
+    pub(crate) unlock: Unlock,
 }
 
 /// An opened qcow2 image.
@@ -107,6 +114,7 @@ pub(crate) struct Qcow2 {
     pending: Pending,
     flushing: Coalescer,
     decompressed: Decompressed,
+    crypt: Crypt,
 }
 
 impl Qcow2 {
@@ -119,6 +127,8 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        // Before anything is changed: the key may be wrong.
+        let crypt = Crypt::open(io, file, &header, &options.unlock).await?;
         if options.writable {
             repair::repair_dirty(io, file, &mut header).await?;
         }
@@ -168,6 +178,7 @@ impl Qcow2 {
                 geometry,
                 header.compression_type(),
             ),
+            crypt,
             snapshots: Mutex::new(snapshots),
             bitmaps,
             header: Mutex::new(header),
@@ -230,15 +241,21 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        image_info(
+        let mut info = image_info(
             &lock(&self.header),
             &lock(&self.snapshots),
             &self.bitmaps.entries(),
-        )
+        );
+        self.crypt.describe(&mut info);
+        info
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {
         self.backing.as_ref()
+    }
+
+    fn encryption(&self) -> Option<&Arc<Encryption>> {
+        self.crypt.encryption.as_ref()
     }
 
     fn data_file(&self) -> FileId {
@@ -330,6 +347,10 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn change_keys<'a>(&'a self, io: &'a Io, change: &'a KeyChange) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.crypt.change_keys(io, change))
     }
 
     fn set_backing<'a>(

@@ -121,7 +121,13 @@ impl Qcow2 {
             committed: false,
             _claim: claim,
         };
-        let part = self.until(range, first + count);
+        let mut part = self.until(range, first + count);
+        let kept = matches!(target, Target::Kept { .. });
+        if kept {
+            part = self.before_data(&allocation.slice, part)?;
+            allocation.count = self.geometry.touched(part).1 - first;
+        }
+        let count = allocation.count;
         let head_part = self.until(part, first + 1);
         let tail_part = if count == 1 {
             part
@@ -129,7 +135,6 @@ impl Qcow2 {
             part.skip(self.until(part, first + count - 1).len)
         };
         let last_entry = self.read_entry(&allocation.slice, first + count - 1)?;
-        let kept = matches!(target, Target::Kept { .. });
         let at_head = self.cover(entry, kept, head_part);
         let at_tail = self.cover(last_entry, kept, tail_part);
         allocation.ends = (at_head.units, at_tail.units);
@@ -142,8 +147,8 @@ impl Qcow2 {
         let before = GuestRange::new(part.start.0 - head, head);
         let fill_zero = self.reads_zero(entry, before)
             && self.reads_zero(last_entry, GuestRange::new(part.end(), tail));
-        // The file has zeroes already where nothing was ever written.
-        let (head, tail) = if fill_zero && virgin {
+        // The file has zeroes already where nothing was ever written; encrypted zeroes it has not.
+        let (head, tail) = if fill_zero && virgin && self.crypt.encryption.is_none() {
             (0, 0)
         } else {
             (head, tail)
@@ -195,8 +200,25 @@ impl Qcow2 {
         Ok((Target::New { first: run.first }, run.count, run.virgin))
     }
 
-    /// What a write to a part of a cluster covers of it. In the place that the cluster has already,
-    /// units with data stay as they are; to a new place they move along.
+    /// A run for clusters that stay where they are, without a last unit that it fills in part and that
+    /// has data: that part can be written in place.
+    fn before_data(&self, slice: &WritePin, run: GuestRange) -> Result<GuestRange> {
+        let unit = self.geometry.unit();
+        let start = run.end() / unit * unit;
+        if start == run.end() || start <= run.start.0 {
+            return Ok(run);
+        }
+        let part = GuestRange::new(start, run.end() - start);
+        let cluster = self.geometry.cluster(part.start);
+        let entry = self.read_entry(slice, cluster)?;
+        Ok(match entry.piece(part, &self.geometry).0 {
+            Piece::Data(_) => run.take(start - run.start.0),
+            _ => run,
+        })
+    }
+
+    /// What a write to a part of a cluster covers of it: whole units, and when the cluster moves to a
+    /// new place all that have data.
     fn cover(&self, entry: Entry, kept: bool, part: GuestRange) -> Cover {
         let geometry = &self.geometry;
         let from = geometry.in_cluster(part.start.0);
@@ -211,21 +233,10 @@ impl Qcow2 {
             );
         }
         let bits = geometry.unit_bits();
-        let is_data = |unit: u32| kept && data.contain(Units::range(unit, unit + 1));
-        let start = if is_data(units.first()) {
-            from
-        } else {
-            u64::from(units.first()) << bits
-        };
-        let end = if is_data(units.end() - 1) {
-            to
-        } else {
-            u64::from(units.end()) << bits
-        };
         Cover {
             units,
-            head: from - start,
-            tail: end - to,
+            head: from - (u64::from(units.first()) << bits),
+            tail: (u64::from(units.end()) << bits) - to,
         }
     }
 
@@ -301,6 +312,11 @@ impl Qcow2 {
     ) -> Result<bool> {
         if !self.writable {
             return Err(read_only());
+        }
+        if self.crypt.encryption.is_some() {
+            return Err(Error::unsupported(
+                "Compression and encryption not supported at the same time",
+            ));
         }
         if self.geometry.data_file {
             return Err(Error::unsupported(

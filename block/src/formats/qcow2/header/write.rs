@@ -295,18 +295,8 @@ impl Header {
     /// [`Unsupported`](crate::ErrorKind::Unsupported) naming the feature,
     /// [`Corrupt`](crate::ErrorKind::Corrupt) for a corrupt image opened for writing.
     pub fn check_supported(&self, writable: bool) -> Result<()> {
-        let refuse = |feature: &str| {
-            Err(Error::unsupported(format!(
-                "Unsupported qcow2 feature(s): {feature}"
-            )))
-        };
         if self.has(Incompatible::DATA_FILE) {
             self.check_data_file(writable)?;
-        }
-        match self.crypt_method {
-            CryptMethod::None => {}
-            CryptMethod::Aes => return refuse("AES encryption"),
-            CryptMethod::Luks => return refuse("LUKS encryption"),
         }
         if writable && self.has(Incompatible::CORRUPT) {
             return Err(Error::corrupt(
