@@ -21,7 +21,7 @@ use crate::{
     image::Image,
     io::{Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, Io, OsHost, Pool},
     locking::lock_image,
-    options::{Backing, CacheMode, Locking},
+    options::{Backing, CacheMode, Locking, SnapshotName},
     serve::{Policy, Served},
     sync::LocalFuture,
 };
@@ -230,18 +230,29 @@ impl Opener<'_> {
     }
 
     /// Turns the header into that of the disk at a snapshot.
-    async fn show_snapshot(&self, id: FileId, header: &mut Header, name: &str) -> Result<()> {
+    async fn show_snapshot(
+        &self,
+        id: FileId,
+        header: &mut Header,
+        name: &SnapshotName,
+    ) -> Result<()> {
         if !self.options.read_only {
             return Err(Error::invalid_argument(
                 "snapshot: can be shown only when the disk is opened for reading",
             ));
         }
         let table = SnapshotTable::read(self.io, id, header).await?;
-        let found = table.find(name).and_then(|at| table.snapshots.get(at));
-        let Some(snapshot) = found else {
+        let (found, wanted) = match name {
+            SnapshotName::Either(text) => (table.find(text), format!("id or name {text:?}")),
+            SnapshotName::Exactly { id, name } => (
+                table.find_by(id.as_deref(), name.as_deref()),
+                format!("id {id:?} and name {name:?}"),
+            ),
+        };
+        let Some(snapshot) = found.and_then(|at| table.snapshots.get(at)) else {
             return Err(Error::with_message(
                 ErrorKind::NotFound,
-                format!("snapshot: there is none with the id or name {name:?}"),
+                format!("snapshot: there is none with the {wanted}"),
             ));
         };
         header.size = snapshot.disk_size().unwrap_or(header.size);

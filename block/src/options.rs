@@ -89,6 +89,18 @@ pub(crate) enum Backing {
     Override(PathBuf, Option<Format>),
 }
 
+/// Which internal snapshot to show.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotName {
+    /// By id, or else by name.
+    Either(String),
+    /// By what is given of both.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
 /// How to open a disk. Start with [`OpenOptions::new`], end with
 /// [`open`](OpenOptions::open).
 #[derive(Clone, Debug)]
@@ -107,8 +119,8 @@ pub struct OpenOptions {
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
     pub(crate) data_file: Option<PathBuf>,
+    pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) backing_format: Option<Format>,
-    pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
@@ -286,7 +298,18 @@ impl OpenOptions {
     /// [`read_only`](Self::read_only).
     #[must_use]
     pub fn snapshot(mut self, id_or_name: &str) -> Self {
-        self.snapshot = Some(id_or_name.to_owned());
+        self.snapshot = Some(SnapshotName::Either(id_or_name.to_owned()));
+        self
+    }
+
+    /// Show the disk as it was at the internal snapshot with this id and this name, whichever are
+    /// given. Needs [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn snapshot_by(mut self, id: Option<&str>, name: Option<&str>) -> Self {
+        self.snapshot = Some(SnapshotName::Exactly {
+            id: id.map(str::to_owned),
+            name: name.map(str::to_owned),
+        });
         self
     }
 
@@ -320,7 +343,8 @@ impl OpenOptions {
         self
     }
 
-    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    /// How long to wait for the lock of an image that another process holds; by default a moment, for
+    /// one that was just killed.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;
