@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     ErrorKind, GuestOffset, GuestRange, Result,
+    faults::Event,
     io::{AlignedBuf, FallocateMode, Io},
     table::{SliceChange, WritePin},
 };
@@ -162,6 +163,7 @@ impl Qcow2 {
     /// Unallocates every cluster: the disk shows the backing file alone. No request is in flight.
     pub(super) async fn empty_clusters(&self, io: &Io) -> Result<()> {
         self.check_writable()?;
+        io.event(self.file, Event::EmptyImagePrepare).await;
         let size = self.size.load(Ordering::Acquire);
         let end = size.div_ceil(self.geometry.cluster_size());
         self.forget_clusters(io, 0, end).await?;
