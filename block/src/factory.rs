@@ -226,6 +226,7 @@ impl Opener<'_> {
                 metadata_cache_size: self.options.metadata_cache_size,
                 data_file,
                 discard_no_unref: self.options.discard_no_unref,
+                lazy_refcounts: self.options.lazy_refcounts,
                 unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)

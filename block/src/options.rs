@@ -118,6 +118,7 @@ pub struct OpenOptions {
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
     pub(crate) discard_no_unref: bool,
+    pub(crate) lazy_refcounts: Option<bool>,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
     pub(crate) data_file: Option<PathBuf>,
@@ -152,6 +153,7 @@ impl Default for OpenOptions {
             force_share: false,
             discard: DiscardPolicy::Unmap,
             discard_no_unref: false,
+            lazy_refcounts: None,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
             data_file: None,
@@ -254,6 +256,14 @@ impl OpenOptions {
     #[must_use]
     pub fn discard_no_unref(mut self, keep: bool) -> Self {
         self.discard_no_unref = keep;
+        self
+    }
+
+    /// Whether reference counts are written late, under the dirty bit, whatever the image says. Only a
+    /// version 3 image can. QEMU's `lazy-refcounts`.
+    #[must_use]
+    pub fn lazy_refcounts(mut self, lazy: bool) -> Self {
+        self.lazy_refcounts = Some(lazy);
         self
     }
 

@@ -52,6 +52,8 @@ pub(crate) struct OpenHow {
     pub(crate) data_file: Option<String>,
     /// Discarded clusters stay with their guest clusters.
     pub(crate) discard_no_unref: bool,
+    /// Write reference counts late, or not, whatever the image says.
+    pub(crate) lazy_refcounts: Option<bool>,
     /// The format of the backing file that the header names.
     pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
@@ -220,6 +222,9 @@ pub(crate) fn open_disk_quietly(
             open.snapshot_by(id.as_deref(), name.as_deref())
         }
     };
+    if let Some(lazy) = how.lazy_refcounts {
+        open = open.lazy_refcounts(lazy);
+    }
     if let Some(faults) = &spec.faults {
         open = open.faults(Arc::clone(faults));
     }
@@ -260,16 +265,17 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
         how.direct = direct;
     }
+    if let Some(lazy) = switch("lazy-refcounts")? {
+        how.lazy_refcounts = Some(lazy);
+    }
     if let Some(keep) = switch("discard-no-unref")? {
         how.discard_no_unref = keep;
     }
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
     }
-    // An image that is closed when the program ends leaves no lazy refcounts behind; and discards
-    // are passed on as far as the discard policy says.
+    // Discards are passed on as far as the discard policy says.
     for key in [
-        "lazy-refcounts",
         "pass-discard-request",
         "pass-discard-snapshot",
         "pass-discard-other",

@@ -7,14 +7,14 @@ use block::{
     CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Format, OpenOptions, Result,
     formats::qcow2::{
         check::{CheckReport, Repair, check},
-        create::{CreateOptions, create},
-        header::{CompressionType, Header},
+        create::{CreateOptions, create, create_with_data_file},
+        header::{CompressionType, Header, Incompatible},
     },
     io::{
         Host, IoAlignment,
         sim::{SimConfig, SimHost},
     },
-    offline::{OfflineOptions, with_file_on},
+    offline::{OfflineOptions, open_beside, with_file_on},
 };
 
 use crate::model::{self, Id, ZERO};
@@ -24,6 +24,7 @@ pub(crate) const BASE: Id = 1;
 
 pub(crate) const IMAGE: &str = "disk.img";
 pub(crate) const BACKING: &str = "base.img";
+pub(crate) const DATA: &str = "data.img";
 
 /// Random numbers (SplitMix64).
 pub(crate) struct Rng(u64);
@@ -92,6 +93,12 @@ pub(crate) struct Setup {
     pub(crate) version: u32,
     pub(crate) refcount_bits: u32,
     pub(crate) compression: CompressionType,
+    /// Subclusters.
+    pub(crate) extended: bool,
+    /// Reference counts are written when the image is closed.
+    pub(crate) lazy: bool,
+    /// Guest data is in a file of its own, and that is a raw disk.
+    pub(crate) data_file: Option<bool>,
     pub(crate) below: Below,
     pub(crate) size: u64,
     pub(crate) max_size: u64,
@@ -111,8 +118,14 @@ pub(crate) struct Setup {
 impl Setup {
     pub(crate) fn random(seed: u64, mode: Mode) -> Self {
         let rng = &mut Rng::new(seed);
-        let cluster_size = 512 << rng.pick(&[0, 0, 0, 1, 2, 3, 4, 5, 7]);
         let version = if rng.one_in(4) { 2 } else { 3 };
+        let extended = version == 3 && rng.one_in(5);
+        let cluster_size = if extended {
+            16384 << rng.below(2)
+        } else {
+            512 << rng.pick(&[0, 0, 0, 1, 2, 3, 4, 5, 7])
+        };
+        let lazy = version == 3 && rng.one_in(5);
         // A few tables' worth, so that small clusters have many L2 tables and refcount blocks.
         let clusters = 20 + rng.below(180);
         let unit = cluster_size.min(4096);
@@ -139,6 +152,8 @@ impl Setup {
         } else {
             Format::Qcow2
         };
+        let data_file =
+            (version == 3 && format == Format::Qcow2 && rng.one_in(6)).then(|| rng.one_in(2));
         let alignment = match rng.below(4) {
             0 => Some(4096),
             1 => Some(512),
@@ -156,7 +171,10 @@ impl Setup {
             } else {
                 CompressionType::Zlib
             },
-            below: if format == Format::Raw {
+            extended,
+            lazy,
+            data_file,
+            below: if format == Format::Raw || data_file == Some(true) {
                 Below::Nothing
             } else {
                 below
@@ -317,7 +335,13 @@ impl Setup {
         cluster_size: u64,
         over: Option<&str>,
     ) {
+        let top = path == IMAGE;
+        let data_file = self.data_file.filter(|_| top);
         let options = CreateOptions {
+            extended_l2: self.extended && top,
+            lazy_refcounts: self.lazy && top,
+            data_file: data_file.map(|_| DATA.into()),
+            data_file_raw: data_file == Some(true),
             size,
             version: self.version,
             cluster_size,
@@ -332,7 +356,13 @@ impl Setup {
             host,
             Path::new(path),
             OfflineOptions::create(),
-            async |io, file| create(io, file, &options).await,
+            async |io, file| {
+                if options.data_file.is_none() {
+                    return create(io, file, &options).await;
+                }
+                let data = open_beside(io, Path::new(DATA), OfflineOptions::create())?;
+                create_with_data_file(io, file, data, &options).await
+            },
         )
         .unwrap();
     }
@@ -370,6 +400,10 @@ impl Setup {
             OfflineOptions::read(),
             async |io, file| {
                 let mut header = Header::read_for_check(io, file).await?;
+                if self.lazy && header.has(Incompatible::DIRTY) {
+                    // Not before the repair by the next open for writing.
+                    return Ok(CheckReport::default());
+                }
                 check(io, file, &mut header, Repair::None, &mut |line| {
                     lines.push(line.to_owned());
                 })
@@ -389,12 +423,13 @@ impl Setup {
             Format::Raw => (start, end),
             _ if self.version == 2 && self.below != Below::Nothing => (start, start),
             _ => {
-                let first = start.next_multiple_of(self.cluster_size);
-                let last = if end == size {
-                    end
+                let unit = if self.extended {
+                    self.cluster_size / 32
                 } else {
-                    end / self.cluster_size * self.cluster_size
+                    self.cluster_size
                 };
+                let first = start.next_multiple_of(unit);
+                let last = if end == size { end } else { end / unit * unit };
                 if first < last {
                     (first, last)
                 } else {

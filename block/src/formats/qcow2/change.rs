@@ -6,7 +6,6 @@ use super::{
     Qcow2,
     flush::Punch,
     l2::{Entry, L2Entry, Piece, Units},
-    read_only,
 };
 use crate::{
     ErrorKind, GuestOffset, GuestRange, Result,
@@ -44,9 +43,7 @@ impl Becomes {
 impl Qcow2 {
     /// Forgets whole units; what they read afterwards is zero, never older data.
     pub(super) async fn discard_units(&self, io: &Io, range: GuestRange) -> Result<()> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         // Without the zero flag, an unallocated cluster would show the backing file again.
         if !self.geometry.zero_flag && self.backing.is_some() {
             return Ok(());
@@ -84,9 +81,7 @@ impl Qcow2 {
         range: GuestRange,
         may_unmap: bool,
     ) -> Result<u64> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         let (start, end) = self.whole_units(range);
         let becomes = if may_unmap {
             Becomes::ZeroUnmapped
@@ -152,7 +147,10 @@ impl Qcow2 {
         for (from, to) in [(whole.start.0, part.start.0), (part.end(), whole.end())] {
             let mut range = self.in_backing(GuestRange::new(from, to - from));
             while range.len > 0 {
-                let status = backing.block_status(io, range).await?;
+                // What cannot be read there is met, and told, when it is copied.
+                let Ok(status) = backing.block_status(io, range).await else {
+                    return Ok(false);
+                };
                 if !status.zero {
                     return Ok(false);
                 }
@@ -164,9 +162,7 @@ impl Qcow2 {
 
     /// Unallocates every cluster: the disk shows the backing file alone. No request is in flight.
     pub(super) async fn empty_clusters(&self, io: &Io) -> Result<()> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         io.event(self.file, Event::EmptyImagePrepare).await;
         let size = self.size.load(Ordering::Acquire);
         let end = size.div_ceil(self.geometry.cluster_size());
@@ -191,6 +187,7 @@ impl Qcow2 {
         end: u64,
         becomes: Becomes,
     ) -> Result<u64> {
+        self.know_metadata(io).await?;
         while start < end {
             self.relieve(io).await?;
             let first = self.geometry.cluster(GuestOffset(start));

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::{
     Qcow2,
-    l2::{Entry, L2Entry, decode},
+    l2::{Entry, L2Entry, OFFSET_MASK, decode, hex},
 };
 use crate::{
-    Result,
+    Error, Result,
     table::{SliceChange, TableSlice},
 };
 
@@ -25,6 +25,25 @@ impl Qcow2 {
             }
         };
         decode(raw, cluster, &self.geometry)
+            .map_err(|error| self.in_table(slice, cluster, raw, &error))
+    }
+
+    /// An error about an entry with the words that QEMU has for it in front.
+    fn in_table(&self, slice: &TableSlice, cluster: u64, raw: L2Entry, error: &Error) -> Error {
+        let table = slice.host_offset - self.geometry.slice_offset(cluster);
+        let index = cluster & ((1 << self.geometry.l2_bits) - 1);
+        let offset = raw.word & OFFSET_MASK;
+        let what = if self.geometry.in_cluster(offset) == 0 {
+            "Invalid cluster entry found".to_owned()
+        } else {
+            format!("Cluster allocation offset {} unaligned", hex(offset))
+        };
+        Error::corrupt(format!(
+            "{what} (L2 offset: {}, L2 index: {}) (field {})",
+            hex(table),
+            hex(index),
+            error.message()
+        ))
     }
 
     /// A cluster's entry in a slice that is open for changes, and what it says.

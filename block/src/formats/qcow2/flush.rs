@@ -212,7 +212,12 @@ impl Qcow2 {
             .iter()
             .map(|slice| (slice.host_offset, slice.copy_for_writing()))
             .collect();
-        self.write_refcounts(io).await?;
+        for (offset, _) in &copies {
+            self.check_slice(*offset)?;
+        }
+        if !self.counts_wait() {
+            self.write_refcounts(io).await?;
+        }
         self.sync_files(io).await?;
         self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
@@ -254,6 +259,7 @@ impl Qcow2 {
 
     /// Writes changed reference counts, in their order.
     pub(super) async fn write_refcounts(&self, io: &Io) -> Result<()> {
+        let _claim = self.marks.claim_header().await;
         let mut header = lock(&self.header).clone();
         write_counts(io, self.file, &self.refcounts, &mut header).await?;
         *lock(&self.header) = header;
@@ -332,6 +338,10 @@ impl Qcow2 {
     pub(super) async fn settle(&self, io: &Io) -> Result<()> {
         loop {
             self.flush_all(io).await?;
+            if self.refcounts.is_dirty() {
+                self.write_refcounts(io).await?;
+                io.sync(self.file).await?;
+            }
             // Reclaimed clusters changed reference counts once more.
             if self.pending.is_idle() && !self.refcounts.is_dirty() {
                 return Ok(());
@@ -346,6 +356,11 @@ impl Qcow2 {
         }
         self.refcounts.end_packing();
         self.settle(io).await?;
-        self.store_bitmaps(io).await
+        self.store_bitmaps(io).await?;
+        if self.refcounts.is_dirty() {
+            self.write_refcounts(io).await?;
+            io.sync(self.file).await?;
+        }
+        self.after_settling(io).await
     }
 }

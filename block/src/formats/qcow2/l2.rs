@@ -476,6 +476,15 @@ fn decode_units(raw: L2Entry, cluster: u64, host: Option<u64>, copied: bool) -> 
     })
 }
 
+/// A number as QEMU prints it in its messages.
+pub(super) fn hex(number: u64) -> String {
+    if number == 0 {
+        "0".into()
+    } else {
+        format!("{number:#x}")
+    }
+}
+
 fn bad_entry(raw: L2Entry, cluster: u64, expected: &str) -> Error {
     let L2Entry { word, bitmap } = raw;
     let more = if bitmap == 0 {

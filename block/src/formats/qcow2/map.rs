@@ -172,10 +172,15 @@ impl Qcow2 {
         out: &mut Extents,
     ) -> Result<u64> {
         let before = out.len();
+        if self.marks.is_corrupt() || !self.knows_metadata() {
+            return Ok(0);
+        }
         while run.len > 0 && !out.is_full() {
             let cluster = self.geometry.cluster(run.start);
             let entry = self.read_entry(slice, cluster)?;
-            if entry.own_host().is_none() {
+            let Some(host) = entry.own_host() else { break };
+            let data_file = self.geometry.data_file;
+            if !data_file && !self.overlap.allows_data(host >> self.geometry.cluster_bits) {
                 break;
             }
             let part = self.until(run, cluster + 1);
@@ -197,24 +202,14 @@ impl Qcow2 {
         out: &mut Extents,
     ) -> Result<()> {
         let before = out.len();
-        self.map_cached(range, Intent::Read, &mut io.cache.borrow_mut(), out)?;
+        // An error is met again below, by who is concerned.
+        let _ = self.map_cached(range, Intent::Read, &mut io.cache.borrow_mut(), out);
         if out.len() > before {
             return Ok(());
         }
-        let cluster = self.geometry.cluster(range.start);
-        let run = match self.l2_slice(io, cluster).await? {
-            None => self.until(range, self.geometry.table_end(cluster)),
-            Some(slice) => {
-                let part = self.until(range, cluster + 1);
-                let entry = self.read_entry(&slice, cluster)?;
-                match entry.piece(part, &self.geometry) {
-                    (Piece::Unallocated(_), _) => self.unallocated_run(&slice, range)?,
-                    (piece, len) => {
-                        self.push(piece, len, out);
-                        return Ok(());
-                    }
-                }
-            }
+        let run = self.map_own(io, range, out).await;
+        let Some(run) = self.note_corruption(io, run).await? else {
+            return Ok(());
         };
         let below = self.in_backing(run);
         match &self.backing {
@@ -227,6 +222,30 @@ impl Qcow2 {
                 Ok(())
             }
         }
+    }
+
+    /// Maps the start of a range that this image has, or returns the run that it does not have.
+    async fn map_own(
+        &self,
+        io: &Io,
+        range: GuestRange,
+        out: &mut Extents,
+    ) -> Result<Option<GuestRange>> {
+        let cluster = self.geometry.cluster(range.start);
+        Ok(Some(match self.l2_slice(io, cluster).await? {
+            None => self.until(range, self.geometry.table_end(cluster)),
+            Some(slice) => {
+                let part = self.until(range, cluster + 1);
+                let entry = self.read_entry(&slice, cluster)?;
+                match entry.piece(part, &self.geometry) {
+                    (Piece::Unallocated(_), _) => self.unallocated_run(&slice, range)?,
+                    (piece, len) => {
+                        self.push(piece, len, out);
+                        return Ok(None);
+                    }
+                }
+            }
+        }))
     }
 
     /// The part of a range, inside one slice, from its start that is unallocated.

@@ -5,6 +5,7 @@
 //! * [`header`]: the header, its extensions and feature bits.
 //! * `l2`: entries and the arithmetic of tables. `slices`: the cache of table slices. `entries`: the
 //!   ones in the others.
+//! * `marks`: the dirty and the corrupt bit. `overlap`: nothing is written over metadata.
 //! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
 //!   `resize`: other sizes.
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
@@ -30,6 +31,8 @@ pub mod header;
 pub mod info;
 mod l2;
 mod map;
+mod marks;
+mod overlap;
 mod refcount;
 pub mod repair;
 mod resize;
@@ -53,6 +56,8 @@ use self::{
     header::{Autoclear, Header, Incompatible},
     info::image_info,
     l2::Geometry,
+    marks::Marks,
+    overlap::Overlap,
     refcount::Refcounts,
     slices::SliceCache,
     snapshot::SnapshotTable,
@@ -83,6 +88,8 @@ pub(crate) struct Qcow2Options {
     pub(crate) data_file: Option<FileId>,
     /// A discard gives host space back but keeps the clusters.
     pub(crate) discard_no_unref: bool,
+    /// Whether reference counts are written late, whatever the image says.
+    pub(crate) lazy_refcounts: Option<bool>,
     /// What opens an encrypted image.
     pub(crate) unlock: Unlock,
 }
@@ -97,6 +104,10 @@ pub(crate) struct Qcow2 {
     /// The data file is a raw disk by itself.
     raw_data: bool,
     discard_no_unref: bool,
+    marks: Marks,
+    overlap: Overlap,
+    /// Held by who finds out what is metadata.
+    overlap_claim: Claims,
     writable: bool,
     geometry: Geometry,
     header: Mutex<Header>,
@@ -162,6 +173,9 @@ impl Qcow2 {
             raw_data: header.has(Incompatible::DATA_FILE)
                 && header.autoclear_features.contains(Autoclear::DATA_FILE_RAW),
             discard_no_unref: options.discard_no_unref,
+            marks: Marks::new(&header, options.lazy_refcounts),
+            overlap: Overlap::default(),
+            overlap_claim: Claims::default(),
             writable: options.writable,
             geometry,
             size: AtomicU64::new(header.size),
@@ -296,11 +310,17 @@ impl Image for Qcow2 {
         io: &'a Io,
         range: GuestRange,
     ) -> LocalFuture<'a, Result<Option<Prepared<'a>>>> {
-        Box::pin(self.prepare_write(io, range))
+        Box::pin(async move {
+            let prepared = self.prepare_write(io, range).await;
+            self.note_corruption(io, prepared).await
+        })
     }
 
     fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>> {
-        Box::pin(self.discard_units(io, range))
+        Box::pin(async move {
+            let done = self.discard_units(io, range).await;
+            self.note_corruption(io, done).await
+        })
     }
 
     fn write_zeroes<'a>(
@@ -309,7 +329,10 @@ impl Image for Qcow2 {
         range: GuestRange,
         may_unmap: bool,
     ) -> LocalFuture<'a, Result<u64>> {
-        Box::pin(self.zero_units(io, range, may_unmap))
+        Box::pin(async move {
+            let done = self.zero_units(io, range, may_unmap).await;
+            self.note_corruption(io, done).await
+        })
     }
 
     fn unaligned_zeroes(&self, range: GuestRange) -> u64 {
@@ -321,7 +344,10 @@ impl Image for Qcow2 {
     }
 
     fn flush<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
-        Box::pin(self.flush_all(io))
+        Box::pin(async move {
+            let done = self.flush_all(io).await;
+            self.note_corruption(io, done).await
+        })
     }
 
     fn mapping_is_durable(&self, range: GuestRange) -> bool {

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Mutex};
 
-use super::l2::Geometry;
+use super::l2::{Geometry, hex};
 use crate::{Error, ErrorKind, FileId, Result, io::Io, sync::lock};
 
 /// Bits 9 to 63 of a reference count table entry: where the block is.
@@ -65,6 +65,8 @@ struct State {
     /// The active L1 table: first cluster, and how many.
     l1: (u64, u64),
     blocks: BTreeMap<u64, Block>,
+    /// Where new blocks are that the overlap check does not know yet.
+    new_blocks: Vec<u64>,
     /// Where the search for free clusters goes on: all clusters before are in use.
     cursor: u64,
     /// Clusters from here on were never written: the file reads as zeroes there.
@@ -134,6 +136,7 @@ impl Refcounts {
                 moved: Vec::new(),
                 l1,
                 blocks: BTreeMap::new(),
+                new_blocks: Vec::new(),
                 cursor: 0,
                 virgin: file_len.div_ceil(geometry.cluster_size()),
                 packing: 0,
@@ -219,7 +222,10 @@ impl Refcounts {
         let offset = entry & BLOCK_OFFSET_MASK;
         if self.geometry.in_cluster(offset) != 0 || offset >= MAX_HOST_OFFSET {
             return Err(Error::corrupt(format!(
-                "refcount table entry {number}: {entry:#x}, expected a cluster boundary"
+                "Refblock offset {} unaligned (reftable index: {}) (field refcount table entry \
+                 {number}: value {entry:#x}, expected a cluster boundary)",
+                hex(offset),
+                hex(number)
             )));
         }
         Ok((offset != 0).then_some(offset))
@@ -321,6 +327,7 @@ impl Refcounts {
 
     fn set_table(&self, state: &mut State, index: usize, entry: u64) {
         state.table[index] = entry;
+        state.new_blocks.push(entry);
         state.table_dirty = Some(match state.table_dirty {
             Some((start, end)) => (start.min(index), end.max(index + 1)),
             None => (index, index + 1),
@@ -616,6 +623,26 @@ impl Refcounts {
             block.dirty = Some((0, block.bytes.len()));
         }
         state.table_dirty = Some((0, state.table.len()));
+    }
+
+    /// Where all blocks are, as far as the table can be right.
+    pub(super) fn block_offsets(&self) -> Vec<u64> {
+        let mut state = lock(&self.state);
+        state.new_blocks.clear();
+        let offsets = state.table.iter().map(|entry| entry & BLOCK_OFFSET_MASK);
+        offsets.filter(|offset| *offset != 0).collect()
+    }
+
+    /// Where the blocks are that were made since this was last asked.
+    pub(super) fn take_new_blocks(&self) -> Vec<u64> {
+        std::mem::take(&mut lock(&self.state).new_blocks)
+    }
+
+    /// Bytes of changed blocks.
+    pub(super) fn dirty_bytes(&self) -> u64 {
+        let state = lock(&self.state);
+        let dirty = state.blocks.values().filter(|block| block.dirty.is_some());
+        dirty.count() as u64 * self.geometry.cluster_size()
     }
 
     /// Whether a flush has anything to write here.

@@ -6,7 +6,6 @@ use super::{
     Qcow2,
     change::Becomes,
     header::{Header, MAX_L1_SIZE},
-    read_only,
 };
 use crate::{
     Error, GuestRange, Result,
@@ -23,9 +22,7 @@ impl Qcow2 {
         name: Option<&str>,
         format: Option<&str>,
     ) -> Result<()> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         if self.raw_data && name.is_some() {
             return Err(Error::unsupported(
                 "a backing file together with data-file-raw: the data file would not be the disk",
@@ -46,9 +43,7 @@ impl Qcow2 {
 
     /// Changes the size of the disk. No request is in flight.
     pub(super) async fn change_size(&self, io: &Io, size: u64) -> Result<()> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         if !size.is_multiple_of(512) {
             return Err(Error::invalid_argument(format!(
                 "size: {size}, expected a multiple of 512"
@@ -177,7 +172,7 @@ impl Qcow2 {
             )));
         }
         let clusters = bytes.div_ceil(self.geometry.cluster_size());
-        let run = self.refcounts.allocate(io, clusters, true).await?;
+        let run = self.allocate(io, clusters, true).await?;
         let offset = self.geometry.start(run.first);
         let filled = self.fill_l1(io, offset, clusters).await;
         if let Err(error) = filled {

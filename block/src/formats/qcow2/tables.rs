@@ -7,7 +7,8 @@ use std::sync::{
 
 use super::{
     Qcow2,
-    l2::{COPIED, OFFSET_MASK},
+    l2::{COPIED, OFFSET_MASK, hex},
+    overlap::Metadata,
     refcount::Run,
     slices::Missing,
 };
@@ -79,7 +80,10 @@ impl Qcow2 {
         }
         if self.geometry.in_cluster(table) != 0 {
             return Err(Error::corrupt(format!(
-                "L1 entry {index}: {raw:#018x}, expected a table on a cluster boundary"
+                "L2 table offset {} unaligned (L1 index: {}) (field L1 entry {index}: value \
+                 {raw:#018x}, expected a table on a cluster boundary)",
+                hex(table),
+                hex(index)
             )));
         }
         Ok(Some(L1Entry {
@@ -161,6 +165,7 @@ impl Qcow2 {
                 Some(entry) if entry.copied => entry,
                 _ => self.own_l2_table(io, cluster).await?,
             };
+            self.check_table(entry.table, Metadata::ActiveL2)?;
             let slice = self.load_slice(io, entry.table, cluster).await?;
             if let Some(pin) = slice.write_pin() {
                 io.cache.borrow_mut().put(self.map_key(cluster), &slice);
@@ -186,7 +191,7 @@ impl Qcow2 {
         {
             return Ok(entry);
         }
-        let run = self.refcounts.allocate(io, 1, true).await?;
+        let run = self.allocate(io, 1, true).await?;
         let filled = self.fill_l2_table(io, run, before).await;
         if let Err(error) = filled {
             self.refcounts.release(io, run.first, run.count).await?;
@@ -207,8 +212,11 @@ impl Qcow2 {
         self.set_entry(&slice, &change, in_l1_slice(index), table | COPIED);
         self.pending.l1_changed();
         drop(change);
+        self.added_table(run.first, Metadata::ActiveL2);
         if let Some(old) = before {
             let size = self.geometry.cluster_size();
+            self.overlap
+                .remove(old.table >> self.geometry.cluster_bits, Metadata::ActiveL2);
             self.slices.retire(old.table, old.table + size);
             self.pending
                 .free_table(old.table >> self.geometry.cluster_bits);

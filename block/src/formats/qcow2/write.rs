@@ -5,7 +5,6 @@ use super::{
     claims::Claim,
     flush::Punch,
     l2::{Entry, L2Entry, Piece, Units},
-    read_only,
 };
 use crate::{
     Error, GuestRange, Result,
@@ -94,9 +93,8 @@ impl Qcow2 {
         io: &'a Io,
         range: GuestRange,
     ) -> Result<Option<Prepared<'a>>> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
+        self.know_metadata(io).await?;
         self.relieve(io).await?;
         let first = self.geometry.cluster(range.start);
         let range = self.until(range.take(MAX_PREPARED), self.geometry.slice_end(first));
@@ -105,10 +103,13 @@ impl Qcow2 {
         let slice = self.l2_slice_for_change(io, first).await?;
         let entry = self.read_entry(&slice, first)?;
         let in_first = self.until(range, first + 1);
-        if entry.own_host().is_some()
-            && matches!(entry.piece(in_first, &self.geometry).0, Piece::Data(_))
-        {
-            return Ok(None);
+        if let Some(host) = entry.own_host() {
+            if !self.geometry.data_file {
+                self.check_new(host >> self.geometry.cluster_bits, 1)?;
+            }
+            if matches!(entry.piece(in_first, &self.geometry).0, Piece::Data(_)) {
+                return Ok(None);
+            }
         }
         let (target, count, virgin) = self.find_target(io, &slice, first, end).await?;
         let mut allocation = Allocation {
@@ -188,6 +189,9 @@ impl Qcow2 {
                 count += 1;
             }
             let first = host >> self.geometry.cluster_bits;
+            if !self.geometry.data_file {
+                self.check_new(first, count)?;
+            }
             return Ok((Target::Kept { first }, count, false));
         }
         while first + count < end && self.read_entry(slice, first + count)?.own_host().is_none() {
@@ -196,7 +200,7 @@ impl Qcow2 {
         if self.geometry.data_file {
             return Ok((Target::DataFile { first }, count, false));
         }
-        let run = self.refcounts.allocate(io, count, false).await?;
+        let run = self.allocate(io, count, false).await?;
         Ok((Target::New { first: run.first }, run.count, run.virgin))
     }
 
@@ -310,9 +314,7 @@ impl Qcow2 {
         range: GuestRange,
         data: &[u8],
     ) -> Result<bool> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         if self.crypt.encryption.is_some() {
             return Err(Error::unsupported(
                 "Compression and encryption not supported at the same time",
@@ -340,9 +342,12 @@ impl Qcow2 {
         let _claim = self.claims.claim(cluster, cluster + 1).await;
         let slice = self.l2_slice_for_change(io, cluster).await?;
         let bytes = packed.len() as u64;
+        self.before_allocation(io).await?;
         let offset = self.refcounts.allocate_bytes(io, bytes).await?;
         let first = offset >> self.geometry.cluster_bits;
         let last = (offset + bytes - 1) >> self.geometry.cluster_bits;
+        self.note_new_blocks()?;
+        self.check_new(first, last - first + 1)?;
         let entry = super::l2::Compressed::entry(offset, bytes, &self.geometry);
         let written = match entry {
             Some(_) => self.write_packed(io, offset, &packed).await,
