@@ -10,10 +10,11 @@ use std::{
 
 use block::{
     Error, Format, Locking, Result,
+    formats::luks::create as luks,
     formats::qcow2::{
         amend::{self, AmendOptions},
         check::{self, CheckReport, Repair},
-        create::{self, CreateOptions},
+        create::{self, CreateOptions, Encrypt},
         header::{CompressionType, FEATURES_OFFSET, Header, MAGIC},
         snapshot::ops::{self, NewSnapshot},
     },
@@ -48,6 +49,7 @@ pub(crate) struct Qcow2Create {
     pub(crate) preallocation: Preallocation,
     pub(crate) backing_file: Option<String>,
     pub(crate) backing_format: Option<String>,
+    pub(crate) encrypt: Option<Encrypt>,
 }
 
 impl Default for Qcow2Create {
@@ -62,6 +64,7 @@ impl Default for Qcow2Create {
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
+            encrypt: None,
         }
     }
 }
@@ -87,12 +90,34 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         },
         backing_file: wanted.backing_file.clone().map(String::into_bytes),
         backing_format: wanted.backing_format.clone(),
+        encrypt: wanted.encrypt.clone(),
         ..CreateOptions::default()
     };
     // Before the file is cut.
     options.check()?;
     with_file(path, OfflineOptions::create(), async |io, file| {
         create::create(io, file, &options).await
+    })
+}
+
+/// Makes a LUKS volume.
+pub(crate) fn create_luks(path: &Path, wanted: &Qcow2Create) -> Result<()> {
+    let Some(Encrypt::Luks { options, secret }) = &wanted.encrypt else {
+        return Err(Error::invalid_argument(
+            "Parameter 'key-secret' is required for cipher",
+        ));
+    };
+    let options = luks::CreateOptions {
+        size: wanted.size,
+        luks: *options,
+        secret: secret.clone(),
+        allocate: matches!(
+            wanted.preallocation,
+            Preallocation::Falloc | Preallocation::Full
+        ),
+    };
+    with_file(path, OfflineOptions::create(), async |io, file| {
+        luks::create(io, file, &options).await
     })
 }
 

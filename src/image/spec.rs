@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use block::Format;
 use serde_json::Value;
 
+use crate::image::secrets;
 use crate::util::{
     failure::{Failure, Outcome},
     keyval::KeyVals,
@@ -21,6 +22,8 @@ pub(crate) struct ImageSpec {
     pub(crate) format: Option<Format>,
     /// The remaining options of the driver.
     pub(crate) options: KeyVals,
+    /// The name was a list of options.
+    pub(crate) by_options: bool,
 }
 
 impl ImageSpec {
@@ -39,6 +42,10 @@ impl ImageSpec {
                 ));
             }
             return Self::from_options(KeyVals::parse(text, Some("driver")), persona)
+                .map(|spec| Self {
+                    by_options: true,
+                    ..spec
+                })
                 .map_err(|message| could_not_open(text, &message, persona));
         }
         let fail = |message: &str| could_not_open(text, message, persona);
@@ -74,6 +81,7 @@ impl ImageSpec {
             path: path.into(),
             format,
             options: KeyVals::default(),
+            by_options: false,
         }
     }
 
@@ -120,7 +128,21 @@ impl ImageSpec {
             path,
             format,
             options,
+            by_options: false,
         })
+    }
+
+    /// The name as QEMU gives it, where the path alone would not open the image: all options.
+    pub(crate) fn json_name(&self) -> Option<String> {
+        let format = self.format?;
+        let (key, id) = secrets::key_of(&self.options, format)?;
+        let mut map = serde_json::Map::new();
+        map.insert(key, id.into());
+        map.insert("driver".into(), format.name().into());
+        let path = self.path.display().to_string();
+        let file = serde_json::json!({"driver": "file", "filename": path});
+        map.insert("file".into(), file);
+        Some(format!("json:{}", Value::Object(map)))
     }
 
     /// The name to print.
