@@ -59,11 +59,36 @@ fn hand_over() -> Duration {
 
 fn main() {
     let ciphers = [
-        ("aes-256-xts", CipherAlgorithm::Aes256, CipherMode::Xts, IvGenerator::Plain64),
-        ("aes-128-xts", CipherAlgorithm::Aes128, CipherMode::Xts, IvGenerator::Plain64),
-        ("aes-256-cbc-essiv", CipherAlgorithm::Aes256, CipherMode::Cbc, IvGenerator::Essiv),
-        ("serpent-256-xts", CipherAlgorithm::Serpent256, CipherMode::Xts, IvGenerator::Plain64),
-        ("twofish-256-xts", CipherAlgorithm::Twofish256, CipherMode::Xts, IvGenerator::Plain64),
+        (
+            "aes-256-xts",
+            CipherAlgorithm::Aes256,
+            CipherMode::Xts,
+            IvGenerator::Plain64,
+        ),
+        (
+            "aes-128-xts",
+            CipherAlgorithm::Aes128,
+            CipherMode::Xts,
+            IvGenerator::Plain64,
+        ),
+        (
+            "aes-256-cbc-essiv",
+            CipherAlgorithm::Aes256,
+            CipherMode::Cbc,
+            IvGenerator::Essiv,
+        ),
+        (
+            "serpent-256-xts",
+            CipherAlgorithm::Serpent256,
+            CipherMode::Xts,
+            IvGenerator::Plain64,
+        ),
+        (
+            "twofish-256-xts",
+            CipherAlgorithm::Twofish256,
+            CipherMode::Xts,
+            IvGenerator::Plain64,
+        ),
     ];
     let handing = hand_over().as_secs_f64() * 1e6;
     println!("handing over to a sleeping thread and back: {handing:.1} us\n");

@@ -130,8 +130,11 @@ pub(crate) fn key_of(options: &KeyVals, format: Format) -> Option<(String, Strin
 }
 
 /// Takes the secrets of an image, and of those below it, out of its options: each with the levels
-/// down the chain.
-pub(crate) fn take_keys(options: &mut KeyVals) -> Result<Vec<(usize, Secret)>, String> {
+/// down the chain. None of an image that stays locked, whose secrets need not even be defined.
+pub(crate) fn take_keys(
+    options: &mut KeyVals,
+    locked: bool,
+) -> Result<Vec<(usize, Secret)>, String> {
     const BELOW: &str = "backing.";
     let mut keys = Vec::new();
     let mut prefix = String::new();
@@ -147,7 +150,9 @@ pub(crate) fn take_keys(options: &mut KeyVals) -> Result<Vec<(usize, Secret)>, S
         }
         for key in ["encrypt.key-secret", "key-secret"] {
             if let Some(id) = options.take(&format!("{prefix}{key}")) {
-                keys.push((depth, find(&id)?));
+                if !locked {
+                    keys.push((depth, find(&id)?));
+                }
             }
         }
         prefix += BELOW;
@@ -203,7 +208,7 @@ mod tests {
         .expect("defined");
         let text = "encrypt.key-secret=chain0,backing.driver=luks,backing.key-secret=chain1,size=1";
         let mut options = KeyVals::parse(text, None);
-        let keys = take_keys(&mut options).expect("taken");
+        let keys = take_keys(&mut options, false).expect("taken");
         let found: Vec<_> = keys
             .iter()
             .map(|(depth, secret)| (*depth, secret.as_bytes()))
@@ -212,7 +217,11 @@ mod tests {
         assert_eq!(options.get("size"), Some("1"));
         assert!(options.get("backing.key-secret").is_none());
         let mut options = KeyVals::parse("key-secret=nobody", None);
-        let error = take_keys(&mut options).expect_err("unknown");
+        assert_eq!(
+            take_keys(&mut options.clone(), true).map(|keys| keys.len()),
+            Ok(0)
+        );
+        let error = take_keys(&mut options, false).expect_err("unknown");
         assert_eq!(error, "No secret with id 'nobody'");
     }
 }
