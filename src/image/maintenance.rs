@@ -103,7 +103,6 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         extended_l2: wanted.extended_l2,
         data_file: wanted.data_file.clone(),
         data_file_raw: wanted.data_file_raw,
-        ..CreateOptions::default()
     };
     // Before the file is cut.
     options.check()?;

@@ -149,10 +149,10 @@ pub(crate) fn take_keys(
             ));
         }
         for key in ["encrypt.key-secret", "key-secret"] {
-            if let Some(id) = options.take(&format!("{prefix}{key}")) {
-                if !locked {
-                    keys.push((depth, find(&id)?));
-                }
+            if let Some(id) = options.take(&format!("{prefix}{key}"))
+                && !locked
+            {
+                keys.push((depth, find(&id)?));
             }
         }
         prefix += BELOW;
