@@ -115,8 +115,10 @@ pub struct OpenOptions {
     pub(crate) locking: Locking,
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
+    pub(crate) discard_no_unref: bool,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) data_file: Option<PathBuf>,
     pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) backing_format: Option<Format>,
     pub(crate) restartable: bool,
@@ -146,8 +148,10 @@ impl Default for OpenOptions {
             locking: Locking::Auto,
             force_share: false,
             discard: DiscardPolicy::Unmap,
+            discard_no_unref: false,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            data_file: None,
             backing_format: None,
             snapshot: None,
             restartable: false,
@@ -241,6 +245,14 @@ impl OpenOptions {
         self
     }
 
+    /// A discard gives host space back, but its clusters stay with the guest's and are not used for
+    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`.
+    #[must_use]
+    pub fn discard_no_unref(mut self, keep: bool) -> Self {
+        self.discard_no_unref = keep;
+        self
+    }
+
     /// Whether writes are searched for zeroes.
     #[must_use]
     pub fn detect_zeroes(mut self, detect: DetectZeroes) -> Self {
@@ -263,6 +275,14 @@ impl OpenOptions {
     #[must_use]
     pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
         self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Use this data file instead of the one the header names. The gate does not apply to it. Only for
+    /// an image whose data is in a file of its own; QEMU's `data-file`.
+    #[must_use]
+    pub fn data_file(mut self, path: &Path) -> Self {
+        self.data_file = Some(path.to_owned());
         self
     }
 

@@ -47,6 +47,10 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// Use this data file, whatever the header names.
+    pub(crate) data_file: Option<String>,
+    /// Discarded clusters stay with their guest clusters.
+    pub(crate) discard_no_unref: bool,
     /// The format of the backing file that the header names.
     pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
@@ -183,6 +187,7 @@ pub(crate) fn open_disk_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .discard_no_unref(how.discard_no_unref)
         .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
@@ -211,6 +216,9 @@ pub(crate) fn open_disk_quietly(
             open.snapshot_by(id.as_deref(), name.as_deref())
         }
     };
+    if let Some(path) = &how.data_file {
+        open = open.data_file(Path::new(path));
+    }
     if let Some(format) = how.backing_format {
         open = open.backing_format(format);
     }
@@ -244,6 +252,9 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     }
     if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
         how.direct = direct;
+    }
+    if let Some(keep) = switch("discard-no-unref")? {
+        how.discard_no_unref = keep;
     }
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
@@ -295,6 +306,10 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
                 ));
             }
         };
+    }
+    options.take("data-file.driver");
+    if let Some(path) = options.take("data-file.filename") {
+        how.data_file = Some(path);
     }
     let backing = (
         options.take("backing.driver"),
