@@ -88,6 +88,11 @@ pub(crate) fn run(args: &CreateArgs, persona: Persona) -> Outcome {
         options.push("backing_fmt", format);
     }
     let named = |failure: Failure| failure.context(name);
+    if options.get("backing_file") == Some("") {
+        return Err(named(Failure::new(
+            "Expected backing file name, got empty string",
+        )));
+    }
     let format = known(&args.format).map_err(|text| named(Failure::new(text)))?;
     let path: PathBuf = ImageSpec::parse(name, false, None, persona)?.path;
     let request = CreateRequest {
@@ -115,7 +120,7 @@ pub(crate) fn parse_size(text: &str) -> Outcome<u64> {
     const RANGE: &str = "Invalid image size specified. Must be between 0 and 9223372036854775807.";
     if text
         .strip_prefix('-')
-        .is_some_and(|rest| size::parse(rest).is_ok())
+        .is_some_and(|rest| rest.parse::<u64>().is_ok())
     {
         return Err(Failure::new(RANGE));
     }

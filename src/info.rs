@@ -102,7 +102,24 @@ fn host_file(path: &Path) -> (u64, Option<u64>) {
     }
 }
 
-fn describe(disk: &dyn DiskFile, shown: &str) -> Value {
+/// The keys in QEMU's order.
+const ORDER: &[&str] = &[
+    "children",
+    "backing-filename-format",
+    "snapshots",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "encrypted",
+    "format-specific",
+    "full-backing-filename",
+    "backing-filename",
+    "dirty-flag",
+];
+
+fn describe(disk: &dyn DiskFile, shown: &str) -> json::InOrder {
     let info = disk.info();
     let name = disk.path().display().to_string();
     let (length, used) = host_file(disk.path());
@@ -171,7 +188,7 @@ fn describe(disk: &dyn DiskFile, shown: &str) -> Value {
         });
         map.insert("format-specific".into(), specific);
     }
-    map.into()
+    json::InOrder { map, order: ORDER }
 }
 
 fn print(disk: &dyn DiskFile, shown: &str) {

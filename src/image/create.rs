@@ -6,7 +6,7 @@ use std::{
 };
 
 use block::{Error, Format, Result};
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, IFlags, fallocate, ioctl_getflags, ioctl_setflags};
 
 use crate::{
     image::{
@@ -52,6 +52,8 @@ pub(crate) struct Plan {
     encryption: encryption::Wanted,
     /// Nothing of an image that could not be made stays, not even a file that was there before.
     keeps_nothing: bool,
+    /// The file is not to be copied on write by its file system.
+    nocow: bool,
 }
 
 const QCOW2_KEYS: &[&str] = &[
@@ -64,11 +66,13 @@ const QCOW2_KEYS: &[&str] = &[
     "data_file",
     "data_file_raw",
     "extended_l2",
+    "extent_size_hint",
     "lazy_refcounts",
+    "nocow",
     "preallocation",
     "refcount_bits",
 ];
-const OTHER_KEYS: &[&str] = &["size", "preallocation"];
+const OTHER_KEYS: &[&str] = &["size", "preallocation", "nocow", "extent_size_hint"];
 
 /// The options that images of a format can be created with, and what they mean.
 pub(crate) fn describe_options(format: Format) -> &'static str {
@@ -94,6 +98,7 @@ Supported qcow2 options:
   encryption=<bool (on/off)> - Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)
   extended_l2=<bool (on/off)> - Extended L2 tables
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
+  nocow=<bool (on/off)>  - Turn off copy-on-write of the file (only works on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
   refcount_bits=<num>    - Width of a reference count entry in bits
   size=<size>            - Virtual disk size"
@@ -114,6 +119,7 @@ Supported luks options:
         _ => {
             "\
 Supported raw options:
+  nocow=<bool (on/off)>  - Turn off copy-on-write of the file (only works on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)
   size=<size>            - Virtual disk size"
         }
@@ -146,6 +152,12 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
     let cluster_size = sized(options, "cluster_size")?;
     let refcount_bits = sized(options, "refcount_bits")?;
     let lazy = switch(options, "lazy_refcounts")?;
+    let nocow = switch(options, "nocow")?;
+    if sized(options, "extent_size_hint")?.is_some_and(|hint| hint != 0) {
+        return Err(Failure::new(
+            "extent_size_hint: only 0, no hint to the file system, is supported",
+        ));
+    }
     let extended = switch(options, "extended_l2")?;
     wanted.data_file = options.take("data_file");
     wanted.data_file_raw = switch(options, "data_file_raw")?.unwrap_or(false);
@@ -164,9 +176,7 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
             return Err(Failure::new("The image size must be specified only once"));
         }
         (Some(size), None) => Some(size),
-        (None, Some(text)) => {
-            Some(size::parse(&text).map_err(|_| Failure::new(not_a_size("size")))?)
-        }
+        (None, Some(text)) => Some(listed(&text)?),
         (None, None) => None,
     };
     let size = match &wanted.backing_file {
@@ -190,7 +200,21 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
         preallocation,
         encryption,
         keeps_nothing: persona.is_qemu() && request.format == Format::Luks,
+        nocow: nocow.unwrap_or(false),
     })
+}
+
+/// The size among the options.
+fn listed(text: &str) -> Outcome<u64> {
+    let negative = text
+        .strip_prefix('-')
+        .is_some_and(|rest| rest.parse::<u64>().is_ok());
+    if negative {
+        return Err(Failure::new(format!(
+            "Value '{text}' is out of range for parameter 'size'"
+        )));
+    }
+    size::parse(text).map_err(|_| Failure::new(not_a_size("size")))
 }
 
 fn sized(options: &mut KeyVals, key: &str) -> Outcome<Option<u64>> {
@@ -304,6 +328,9 @@ impl Plan {
     pub(crate) fn execute(mut self) -> Outcome<()> {
         let existed = self.path.symlink_metadata().is_ok();
         let result = self.check().and_then(|()| {
+            if self.nocow {
+                turn_off_copies(&self.path).map_err(|error| Failure::new(self.reason(&error)))?;
+            }
             let made = match self.format {
                 Format::Qcow2 => maintenance::create_qcow2(&self.path, &self.qcow2),
                 Format::Luks => maintenance::create_luks(&self.path, &self.qcow2),
@@ -394,6 +421,22 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Asks the file system not to copy the file on write, which it only hears while the file is empty. Where
+/// it does not copy at all there is nothing to ask.
+fn turn_off_copies(path: &Path) -> Result<()> {
+    let at = |error: std::io::Error| Error::from(error).path(path).operation("create");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(at)?;
+    if let Ok(flags) = ioctl_getflags(&file) {
+        let _ = ioctl_setflags(&file, flags | IFlags::NOCOW);
+    }
+    Ok(())
 }
 
 fn create_raw(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {

@@ -3,7 +3,10 @@
 use std::io::{self, Write};
 
 use serde::Serialize;
-use serde_json::ser::{Formatter, Serializer};
+use serde_json::{
+    Map, Value,
+    ser::{Formatter, Serializer},
+};
 
 use crate::say;
 
@@ -21,6 +24,26 @@ pub(crate) fn to_string<T: Serialize>(value: &T) -> String {
         return String::from("null");
     }
     String::from_utf8_lossy(&out).into_owned()
+}
+
+/// An object whose keys come in a given order; those that are not in it come last.
+pub(crate) struct InOrder {
+    pub(crate) map: Map<String, Value>,
+    pub(crate) order: &'static [&'static str],
+}
+
+impl Serialize for InOrder {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let known = self
+            .order
+            .iter()
+            .filter_map(|key| self.map.get_key_value(*key));
+        let rest = self
+            .map
+            .iter()
+            .filter(|(key, _)| !self.order.contains(&key.as_str()));
+        serializer.collect_map(known.chain(rest))
+    }
 }
 
 #[derive(Default)]

@@ -91,9 +91,12 @@ impl Qcow2 {
         if start != range.start.0 || end <= start {
             return self.zero_part(io, range, becomes).await;
         }
-        if !self.geometry.zero_flag {
-            return Ok(0);
-        }
+        // Version 2 says zero only by naming nothing, where nothing is below.
+        let becomes = match (self.geometry.zero_flag, &self.backing) {
+            (true, _) => becomes,
+            (false, None) => Becomes::Gone,
+            (false, Some(_)) => return Ok(0),
+        };
         let done = self.change_units(io, start, end, becomes).await?;
         Ok(range.len.min(done - start))
     }
