@@ -5,6 +5,7 @@ mod queue_thread;
 mod sys;
 
 pub mod in_process;
+pub mod pci;
 pub mod vhost_user;
 
 /// The examples of the embedding guide and of the read-me, which are run as tests.
