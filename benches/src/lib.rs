@@ -8,8 +8,11 @@ pub mod command;
 pub mod cpu;
 pub mod fio;
 pub mod load;
+pub mod qemu;
 pub mod report;
+pub mod server;
 pub mod side;
+pub mod stride;
 
 use std::error::Error;
 

@@ -13,6 +13,7 @@ use std::{
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
+    crypto::KeyChange,
     extras::DiskExtras,
     hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
@@ -386,6 +387,15 @@ impl DiskFile for Disk {
         self.write_at(data, offset)
     }
 
+    fn change_keys(&self, change: &KeyChange) -> Result<()> {
+        if self.shared.served.policy.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly).path(self.path()));
+        }
+        let image = &self.shared.served.image;
+        self.with_drained(async |io| image.change_keys(io, change).await)
+            .map_err(|error| error.operation("change keys").path(self.path()))
+    }
+
     fn extras(&self) -> &dyn DiskExtras {
         self
     }
@@ -448,6 +458,14 @@ impl DiskFormat for Qcow2Format {
     const FORMAT: Format = Format::Qcow2;
 }
 
+/// The LUKS format.
+#[derive(Debug)]
+pub enum LuksFormat {}
+
+impl DiskFormat for LuksFormat {
+    const FORMAT: Format = Format::Luks;
+}
+
 /// How a disk is driven, as a type.
 pub trait Drive: Send + Sync + 'static {
     /// Adjusts the options.
@@ -492,6 +510,10 @@ pub type RawAsync = AsyncDisk<RawFormat>;
 pub type Qcow2Sync = SyncDisk<Qcow2Format>;
 /// A qcow2 image, asynchronous.
 pub type Qcow2Async = AsyncDisk<Qcow2Format>;
+/// A LUKS volume, synchronous.
+pub type LuksSync = SyncDisk<LuksFormat>;
+/// A LUKS volume, asynchronous.
+pub type LuksAsync = AsyncDisk<LuksFormat>;
 
 impl<F: DiskFormat, D: Drive> TypedDisk<F, D> {
     /// Opens an image of this format.
@@ -559,6 +581,10 @@ impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
         self.disk.write_compressed(data, offset)
     }
+    fn change_keys(&self, change: &KeyChange) -> Result<()> {
+        self.disk.change_keys(change)
+    }
+
     fn extras(&self) -> &dyn DiskExtras {
         self.disk.extras()
     }

@@ -9,6 +9,7 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
+        luks::Luks,
         qcow2::{
             Qcow2, Qcow2Options,
             header::{Autoclear, Header},
@@ -20,7 +21,7 @@ use crate::{
     image::Image,
     io::{Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, Io, OsHost, Pool},
     locking::lock_image,
-    options::{Backing, CacheMode, Locking},
+    options::{Backing, CacheMode, Locking, SnapshotName},
     serve::{Policy, Served},
     sync::LocalFuture,
 };
@@ -187,11 +188,12 @@ impl Opener<'_> {
         match format {
             Format::Raw => self.open_raw(id, top),
             Format::Qcow2 => self.open_qcow2(id, top, Vec::new()).await,
+            Format::Luks => self.open_luks(id, 0).await,
         }
     }
 
-    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, by
-    /// which a chain that names itself is recognised.
+    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, as
+    /// many as this one is levels down: by them a chain that names itself is recognised.
     fn open_qcow2(
         &self,
         id: FileId,
@@ -209,11 +211,13 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
+            let depth = above.len();
             above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
+                unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
                 .await
@@ -223,18 +227,29 @@ impl Opener<'_> {
     }
 
     /// Turns the header into that of the disk at a snapshot.
-    async fn show_snapshot(&self, id: FileId, header: &mut Header, name: &str) -> Result<()> {
+    async fn show_snapshot(
+        &self,
+        id: FileId,
+        header: &mut Header,
+        name: &SnapshotName,
+    ) -> Result<()> {
         if !self.options.read_only {
             return Err(Error::invalid_argument(
                 "snapshot: can be shown only when the disk is opened for reading",
             ));
         }
         let table = SnapshotTable::read(self.io, id, header).await?;
-        let found = table.find(name).and_then(|at| table.snapshots.get(at));
-        let Some(snapshot) = found else {
+        let (found, wanted) = match name {
+            SnapshotName::Either(text) => (table.find(text), format!("id or name {text:?}")),
+            SnapshotName::Exactly { id, name } => (
+                table.find_by(id.as_deref(), name.as_deref()),
+                format!("id {id:?} and name {name:?}"),
+            ),
+        };
+        let Some(snapshot) = found.and_then(|at| table.snapshots.get(at)) else {
             return Err(Error::with_message(
                 ErrorKind::NotFound,
-                format!("snapshot: there is none with the id or name {name:?}"),
+                format!("snapshot: there is none with the {wanted}"),
             ));
         };
         header.size = snapshot.disk_size().unwrap_or(header.size);
@@ -318,7 +333,17 @@ impl Opener<'_> {
         Ok(Some(match format {
             Format::Raw => self.open_raw(id, false)?,
             Format::Qcow2 => self.open_qcow2(id, false, above).await?,
+            Format::Luks => self.open_luks(id, above.len()).await?,
         }))
+    }
+
+    /// Opens a LUKS volume, `depth` levels down.
+    async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
+        let writable = self.is_writable(depth);
+        let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
+            .await
+            .map_err(|error| error.path(&self.io.file_path(id)))?;
+        Ok(Arc::new(image))
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {

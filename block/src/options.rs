@@ -5,7 +5,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{Format, gate::FileGate, io::EngineKind};
+use crate::{
+    Format,
+    crypto::{Secret, Unlock},
+    gate::FileGate,
+    io::EngineKind,
+};
 
 /// How the host's page cache and flushes are used, as QEMU's cache modes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +89,18 @@ pub(crate) enum Backing {
     Override(PathBuf, Option<Format>),
 }
 
+/// Which internal snapshot to show.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotName {
+    /// By id, or else by name.
+    Either(String),
+    /// By what is given of both.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
 /// How to open a disk. Start with [`OpenOptions::new`], end with
 /// [`open`](OpenOptions::open).
 #[derive(Clone, Debug)]
@@ -100,13 +117,16 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) backing_format: Option<Format>,
-    pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
+    /// Of the image, then of each image below.
+    pub(crate) keys: Vec<Option<Secret>>,
+    pub(crate) locked: bool,
 }
 
 /// The default of [`OpenOptions::metadata_cache_size`]: 32 MiB, which maps 256 GiB of a qcow2 image
@@ -135,6 +155,8 @@ impl Default for OpenOptions {
             allow_corrupt: false,
             writable_depth: None,
             lock_wait: Duration::ZERO,
+            keys: Vec::new(),
+            locked: false,
         }
     }
 }
@@ -256,7 +278,18 @@ impl OpenOptions {
     /// [`read_only`](Self::read_only).
     #[must_use]
     pub fn snapshot(mut self, id_or_name: &str) -> Self {
-        self.snapshot = Some(id_or_name.to_owned());
+        self.snapshot = Some(SnapshotName::Either(id_or_name.to_owned()));
+        self
+    }
+
+    /// Show the disk as it was at the internal snapshot with this id and this name, whichever are
+    /// given. Needs [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn snapshot_by(mut self, id: Option<&str>, name: Option<&str>) -> Self {
+        self.snapshot = Some(SnapshotName::Exactly {
+            id: id.map(str::to_owned),
+            name: name.map(str::to_owned),
+        });
         self
     }
 
@@ -290,11 +323,47 @@ impl OpenOptions {
         self
     }
 
-    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    /// How long to wait for the lock of an image that another process holds; by default a moment, for
+    /// one that was just killed.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;
         self
+    }
+
+    /// The secret of an encrypted image.
+    #[must_use]
+    pub fn key(self, secret: Secret) -> Self {
+        self.backing_key(0, secret)
+    }
+
+    /// The secret of the encrypted image `depth` levels down the backing chain.
+    #[must_use]
+    pub fn backing_key(mut self, depth: usize, secret: Secret) -> Self {
+        // Longer than any chain.
+        if depth <= 256 {
+            let needed = self.keys.len().max(depth + 1);
+            self.keys.resize(needed, None);
+            self.keys[depth] = Some(secret);
+        }
+        self
+    }
+
+    /// Open encrypted images without their keys: what their headers say can be seen, data can be
+    /// neither read nor written.
+    #[must_use]
+    pub fn locked(mut self, locked: bool) -> Self {
+        self.locked = locked;
+        self
+    }
+
+    /// How the image `depth` levels down is unlocked.
+    pub(crate) fn unlock(&self, depth: usize) -> Unlock {
+        match self.keys.get(depth) {
+            Some(Some(secret)) => Unlock::With(secret.clone()),
+            _ if self.locked => Unlock::Locked,
+            _ => Unlock::Nothing,
+        }
     }
 
     pub(crate) fn is_direct(&self) -> bool {

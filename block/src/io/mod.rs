@@ -48,6 +48,7 @@ pub use pool::Pool;
 pub use regions::MemoryRegions;
 
 pub(crate) use self::core::DiskCore;
+pub(crate) use buffers::{gather, part_of, scatter};
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
 pub(crate) use driver::Driver;
@@ -57,5 +58,6 @@ pub(crate) use loan::{Loan, lend_source, lend_target};
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
 pub(crate) use operation::{Eof, NewOp, OpKind, Owner, RequestSink};
 pub(crate) use pins::{Drained, Pin};
+pub(crate) use ranges::RangeTable;
 pub(crate) use slab::{Key, Slab};
-pub(crate) use sys::Notifier;
+pub(crate) use sys::{Notifier, thread_time};

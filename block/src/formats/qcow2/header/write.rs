@@ -305,11 +305,6 @@ impl Header {
         if self.has(Incompatible::EXTENDED_L2) {
             return refuse("extended L2 entries");
         }
-        match self.crypt_method {
-            CryptMethod::None => {}
-            CryptMethod::Aes => return refuse("AES encryption"),
-            CryptMethod::Luks => return refuse("LUKS encryption"),
-        }
         if writable && self.has(Incompatible::CORRUPT) {
             return Err(Error::corrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
