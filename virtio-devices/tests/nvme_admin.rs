@@ -558,9 +558,8 @@ fn a_saved_controller_goes_on_elsewhere() {
     other.next_cid = guest.next_cid;
     other.disks[0].write(0, &guest.disks[0].contents());
     let memory = Arc::clone(&other.memory);
-    let move_pair = |from: &virtio_devices::nvme::driver::QueuePair<_>| from.moved(&memory);
-    other.admin = move_pair(&guest.admin);
-    other.queues = guest.queues.iter().map(move_pair).collect();
+    other.admin = guest.admin.moved(&memory);
+    other.queues = guest.queues.iter().map(|it| it.moved(&memory)).collect();
     assert!(other.ready());
     assert_eq!(other.poll(1).len(), 1);
     assert_eq!(other.admin_ok(feature(6)), 0);
