@@ -2,12 +2,14 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use crate::{
     Format,
     crypto::{Secret, Unlock},
+    faults::Faults,
     gate::FileGate,
     io::EngineKind,
 };
@@ -115,14 +117,17 @@ pub struct OpenOptions {
     pub(crate) locking: Locking,
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
+    pub(crate) discard_no_unref: bool,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) data_file: Option<PathBuf>,
     pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) backing_format: Option<Format>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
+    pub(crate) faults: Option<Arc<Faults>>,
     pub(crate) lock_wait: Duration,
     /// Of the image, then of each image below.
     pub(crate) keys: Vec<Option<Secret>>,
@@ -146,14 +151,17 @@ impl Default for OpenOptions {
             locking: Locking::Auto,
             force_share: false,
             discard: DiscardPolicy::Unmap,
+            discard_no_unref: false,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            data_file: None,
             backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
             writable_depth: None,
+            faults: None,
             lock_wait: Duration::ZERO,
             keys: Vec::new(),
             locked: false,
@@ -241,6 +249,14 @@ impl OpenOptions {
         self
     }
 
+    /// A discard gives host space back, but its clusters stay with the guest's and are not used for
+    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`.
+    #[must_use]
+    pub fn discard_no_unref(mut self, keep: bool) -> Self {
+        self.discard_no_unref = keep;
+        self
+    }
+
     /// Whether writes are searched for zeroes.
     #[must_use]
     pub fn detect_zeroes(mut self, detect: DetectZeroes) -> Self {
@@ -263,6 +279,14 @@ impl OpenOptions {
     #[must_use]
     pub fn backing(mut self, path: &Path, format: Option<Format>) -> Self {
         self.backing = Backing::Override(path.to_owned(), format);
+        self
+    }
+
+    /// Use this data file instead of the one the header names. The gate does not apply to it. Only for
+    /// an image whose data is in a file of its own; QEMU's `data-file`.
+    #[must_use]
+    pub fn data_file(mut self, path: &Path) -> Self {
+        self.data_file = Some(path.to_owned());
         self
     }
 
@@ -320,6 +344,13 @@ impl OpenOptions {
     #[must_use]
     pub fn writable_backing(mut self, depth: usize) -> Self {
         self.writable_depth = (depth > 0).then_some(depth);
+        self
+    }
+
+    /// Make operations on the image's own file fail, for tests.
+    #[must_use]
+    pub fn faults(mut self, faults: Arc<Faults>) -> Self {
+        self.faults = Some(faults);
         self
     }
 

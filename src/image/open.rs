@@ -1,6 +1,6 @@
 //! Opening the images that the command line names.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
@@ -11,6 +11,7 @@ use clap::Args;
 use crate::{
     grumble,
     image::{
+        faults,
         qcow2_options::CacheOptions,
         spec::{ImageSpec, could_not_open, named_format},
     },
@@ -47,6 +48,10 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// Use this data file, whatever the header names.
+    pub(crate) data_file: Option<String>,
+    /// Discarded clusters stay with their guest clusters.
+    pub(crate) discard_no_unref: bool,
     /// The format of the backing file that the header names.
     pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
@@ -165,6 +170,9 @@ pub(crate) fn open_disk_quietly(
 ) -> Result<Disk, String> {
     let mut how = how.clone();
     let mut options = spec.options.clone();
+    if spec.faults.is_some() {
+        faults::take_limits(&mut options)?;
+    }
     let caches = CacheOptions::take(&mut options)?;
     let mut locking = Locking::Auto;
     apply(&mut options, &mut how, &mut locking)?;
@@ -183,6 +191,7 @@ pub(crate) fn open_disk_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .discard_no_unref(how.discard_no_unref)
         .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
@@ -211,6 +220,12 @@ pub(crate) fn open_disk_quietly(
             open.snapshot_by(id.as_deref(), name.as_deref())
         }
     };
+    if let Some(faults) = &spec.faults {
+        open = open.faults(Arc::clone(faults));
+    }
+    if let Some(path) = &how.data_file {
+        open = open.data_file(Path::new(path));
+    }
     if let Some(format) = how.backing_format {
         open = open.backing_format(format);
     }
@@ -244,6 +259,9 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     }
     if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
         how.direct = direct;
+    }
+    if let Some(keep) = switch("discard-no-unref")? {
+        how.discard_no_unref = keep;
     }
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
@@ -295,6 +313,10 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
                 ));
             }
         };
+    }
+    options.take("data-file.driver");
+    if let Some(path) = options.take("data-file.filename") {
+        how.data_file = Some(path);
     }
     let backing = (
         options.take("backing.driver"),
