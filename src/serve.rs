@@ -12,6 +12,7 @@ use crate::{
         open::{self, OpenHow},
         spec::ImageSpec,
     },
+    serve_nvme::NvmeArgs,
     util::{
         failure::{Failure, Outcome},
         persona::Persona,
@@ -28,6 +29,7 @@ pub(crate) struct ServeArgs {
 #[derive(Subcommand, Debug)]
 enum Transport {
     VhostUserBlk(VhostUserBlkArgs),
+    Nvme(NvmeArgs),
 }
 
 /// Serve a disk as a vhost-user-blk device, for any VMM that speaks vhost-user
@@ -102,6 +104,7 @@ struct VhostUserBlkArgs {
 pub(crate) fn run(args: &ServeArgs, persona: Persona) -> Outcome {
     match &args.transport {
         Transport::VhostUserBlk(args) => vhost_user_blk(args, persona),
+        Transport::Nvme(args) => crate::serve_nvme::run(args, persona),
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     bench::{
         fill::{self, Model, SECTOR, STAMP},
         lane::{AsyncLane, Ended, FrontEnd, Lane, Op},
+        nvme::NvmeLane,
         virtio::{self, VirtioLane},
     },
     util::{
@@ -71,7 +72,7 @@ pub(super) fn run(
     mut model: Option<&mut Model>,
 ) -> Outcome<Measured> {
     let device = match front_end {
-        FrontEnd::AsyncIo => None,
+        FrontEnd::AsyncIo | FrontEnd::Nvme => None,
         FrontEnd::VirtioBlk => Some(virtio::device(disk, load.jobs, load.depth)?),
     };
     let ready = Barrier::new(load.jobs + 1);
@@ -90,6 +91,10 @@ pub(super) fn run(
             let disk = disk.clone_async();
             let thread = move || {
                 let lane: Outcome<Box<dyn Lane>> = match device {
+                    None if front_end == FrontEnd::Nvme => {
+                        NvmeLane::new(&*disk, load.depth, load.bs)
+                            .map(|lane| Box::new(lane) as Box<dyn Lane>)
+                    }
                     None => AsyncLane::new(&*disk, load.depth, load.bs)
                         .map(|lane| Box::new(lane) as Box<dyn Lane>),
                     Some(device) => VirtioLane::new(device, index, load.depth, load.bs)

@@ -4,6 +4,7 @@ mod args;
 mod fill;
 mod lane;
 mod load;
+mod nvme;
 mod report;
 mod suite;
 mod virtio;

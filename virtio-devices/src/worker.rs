@@ -501,6 +501,23 @@ impl<F: FrontEnd> Worker<F> {
         }
     }
 
+    /// Takes nothing new from the guest and returns when the disks hold nothing of the guest's
+    /// memory any more. Requests that wait for something else stay, and are told about later.
+    ///
+    /// # Errors
+    /// The host's error when waiting fails.
+    pub fn settle(&mut self) -> Result<()> {
+        loop {
+            let moved = self.reap() + self.batch.submit() + self.front.post();
+            if self.in_flight() == 0 && self.batch.is_empty() {
+                return Ok(());
+            }
+            if moved == 0 {
+                self.wait(self.idle_timeout())?;
+            }
+        }
+    }
+
     /// Device reset: takes nothing new, waits until the disk holds nothing of the guest's memory
     /// any more, and posts nothing.
     ///

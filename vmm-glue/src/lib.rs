@@ -2,9 +2,12 @@
 //! adapters for VMMs that embed them.
 
 mod queue_thread;
+mod socket;
 mod sys;
 
 pub mod in_process;
+pub mod pci;
+pub mod vfio_user;
 pub mod vhost_user;
 
 /// The examples of the embedding guide and of the read-me, which are run as tests.

@@ -123,6 +123,15 @@ impl<M: GuestMemory> QueuePair<M> {
         }
     }
 
+    /// The same pair, as far as it has got, in other memory with the same content.
+    #[must_use]
+    pub fn moved(&self, memory: &Arc<M>) -> Self {
+        Self {
+            memory: Arc::clone(memory),
+            ..*self
+        }
+    }
+
     /// Where the next entry goes.
     #[must_use]
     pub fn tail(&self) -> u16 {

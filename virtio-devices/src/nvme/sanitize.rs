@@ -40,6 +40,16 @@ pub(super) enum Outcome {
     Failed,
 }
 
+impl Outcome {
+    fn of(ok: bool) -> Self {
+        if ok {
+            Outcome::Completed
+        } else {
+            Outcome::Failed
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     outcome: Outcome,
@@ -88,12 +98,14 @@ impl Sanitize {
         true
     }
 
+    /// What there will be to remember once the operation has ended.
+    pub(super) fn ended(&self, ok: bool) -> Option<SavedSanitize> {
+        let outcome = Outcome::of(ok);
+        self.saved().map(|saved| SavedSanitize { outcome, ..saved })
+    }
+
     pub(super) fn end(&self, ok: bool) {
-        self.state().outcome = if ok {
-            Outcome::Completed
-        } else {
-            Outcome::Failed
-        };
+        self.state().outcome = Outcome::of(ok);
         self.failed.store(!ok, Ordering::Release);
         self.running.store(false, Ordering::Release);
     }

@@ -114,12 +114,16 @@ impl NvmeController {
             )
         });
         let namespaces = core.subsystem.namespaces();
-        let namespaces = namespaces.iter().map(|namespace| SavedNamespace {
-            nsid: namespace.nsid(),
-            lba_size: namespace.lba_size(),
-            attached: namespace.attached().contains(&core.id),
-            reservations: namespace.reservations().state(),
-            persistent: namespace.reservations().persistent,
+        let namespaces = namespaces.iter().map(|namespace| {
+            let attached = namespace.attached().contains(&core.id);
+            let reservations = namespace.reservations();
+            SavedNamespace {
+                nsid: namespace.nsid(),
+                lba_size: namespace.lba_size(),
+                attached,
+                reservations: reservations.state(),
+                persistent: reservations.persistent,
+            }
         });
         Ok(NvmeState {
             version: STATE_VERSION,

@@ -342,14 +342,15 @@ impl Subsystem {
         self.long_jobs.run(move || {
             let done = run_sanitize(&sanitize, &namespaces, action);
             if let Some(ok) = done {
-                sanitize.end(ok);
                 for namespace in &namespaces {
-                    namespace.set_sanitized(sanitize.saved());
+                    namespace.set_sanitized(sanitize.ended(ok));
                     if let Err(error) = namespace.persist() {
                         tracing::error!(nsid = namespace.nsid(), %error, "sanitize is over");
                     }
                     namespace.set_flag(flag::SANITIZING, false);
                 }
+                // Whoever sees that it is over finds the namespaces as they are afterwards.
+                sanitize.end(ok);
             }
             if let Some(subsystem) = weak.upgrade() {
                 subsystem.tell(|_, listener| listener.sanitize_ended());

@@ -60,7 +60,6 @@ mod message;
 mod notify;
 mod rings;
 mod session;
-mod socket;
 
 use std::{
     fs::File,
@@ -83,10 +82,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use memory::{DirtyPages, MAX_REGIONS, VhostUserMemory, VhostUserRegion};
 
-use crate::{queue_thread::QueueHandle, sys};
+use crate::{queue_thread::QueueHandle, socket::Listening, sys};
 use notify::Notifier;
 use session::{End, Session};
-use socket::Listening;
 
 /// A [`std::result::Result`] with the error of this module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -177,6 +175,12 @@ impl StopSignals {
     }
 }
 
+impl AsFd for StopSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// What ends a server: one descriptor that is readable as soon as any source is.
 #[derive(Debug)]
 struct StopSources {
@@ -232,7 +236,12 @@ impl VhostUserBlkServer {
     ) -> Result<Self> {
         // The device first: a wrong configuration leaves no socket behind.
         let device = VirtioBlk::new(disk.clone_async(), config.device.clone())?;
-        Self::with(Listening::bind(path.as_ref())?, disk, device, config)
+        let path = path.as_ref();
+        let listening = Listening::bind(path).map_err(|text| Error::Listen {
+            path: path.to_owned(),
+            text,
+        })?;
+        Self::with(listening, disk, device, config)
     }
 
     /// A server on a socket that listens already, as a service manager hands one over.

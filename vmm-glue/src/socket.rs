@@ -13,11 +13,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Error;
-
 /// A socket that listens, and the file it made. The file goes when this is dropped.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub(crate) struct Listening {
     socket: UnixListener,
     file: Option<SocketFile>,
 }
@@ -33,14 +31,10 @@ struct SocketFile {
 impl Listening {
     /// Listens at `path`. A socket file there that nobody listens on is replaced; one that somebody
     /// listens on, and anything that is not a socket, is an error.
-    pub(super) fn bind(path: &Path) -> Result<Self, Error> {
-        let error = |text: String| Error::Listen {
-            path: path.to_owned(),
-            text,
-        };
-        remove_stale(path).map_err(error)?;
-        let socket = UnixListener::bind(path).map_err(|cause| error(cause.to_string()))?;
-        let meta = fs::symlink_metadata(path).map_err(|cause| error(cause.to_string()))?;
+    pub(crate) fn bind(path: &Path) -> Result<Self, String> {
+        remove_stale(path)?;
+        let socket = UnixListener::bind(path).map_err(|cause| cause.to_string())?;
+        let meta = fs::symlink_metadata(path).map_err(|cause| cause.to_string())?;
         let file = SocketFile {
             path: path.to_owned(),
             device: meta.dev(),
@@ -50,18 +44,21 @@ impl Listening {
             socket,
             file: Some(file),
         };
-        listening.socket.set_nonblocking(true)?;
+        listening
+            .socket
+            .set_nonblocking(true)
+            .map_err(|cause| cause.to_string())?;
         Ok(listening)
     }
 
     /// Listens on a socket of somebody else, whose file stays theirs.
-    pub(super) fn adopt(socket: UnixListener) -> io::Result<Self> {
+    pub(crate) fn adopt(socket: UnixListener) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self { socket, file: None })
     }
 
     /// Takes a connection, if one waits.
-    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.socket.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             // Nobody there any more; or no descriptor left, which may pass.
@@ -128,13 +125,13 @@ mod tests {
         assert!(path.exists());
         let first = Listening::bind(&path).unwrap();
         assert!(first.accept().unwrap().is_none());
-        let error = Listening::bind(&path).unwrap_err().to_string();
+        let error = Listening::bind(&path).unwrap_err();
         assert!(error.ends_with("another server listens there"), "{error}");
         drop(first);
         assert!(!path.exists());
 
         fs::write(&path, "text").unwrap();
-        let error = Listening::bind(&path).unwrap_err().to_string();
+        let error = Listening::bind(&path).unwrap_err();
         assert!(error.ends_with("exists and is not a socket"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "text");
     }

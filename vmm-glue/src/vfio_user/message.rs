@@ -1,0 +1,199 @@
+//! vfio-user messages on a socket: 16 bytes of header, a body, and descriptors with the first byte.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{AsFd, BorrowedFd, FromRawFd, RawFd},
+        unix::net::UnixStream,
+    },
+    time::{Duration, Instant},
+};
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::Error;
+use crate::sys;
+
+/// Bytes of a header.
+const HEADER: usize = 16;
+/// The most bytes of data of a region access or version text.
+pub(super) const MAX_DATA: usize = 1 << 20;
+/// The most descriptors of a message.
+pub(super) const MAX_FDS: usize = 16;
+/// How long the rest of a message may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const TYPE: u32 = 15;
+const TYPE_COMMAND: u32 = 0;
+const TYPE_REPLY: u32 = 1;
+const NO_REPLY: u32 = 1 << 4;
+const ERROR: u32 = 1 << 5;
+
+/// A command of the client.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) id: u16,
+    pub(super) command: u16,
+    pub(super) no_reply: bool,
+    pub(super) body: Vec<u8>,
+    pub(super) files: Vec<File>,
+}
+
+impl Message {
+    /// The dword at `at` of the body.
+    pub(super) fn u32(&self, at: usize) -> Result<u32, i32> {
+        let bytes = self.body.get(at..).and_then(|rest| rest.first_chunk());
+        bytes.map(|it| u32::from_ne_bytes(*it)).ok_or(libc::EINVAL)
+    }
+
+    /// The quadword at `at` of the body.
+    pub(super) fn u64(&self, at: usize) -> Result<u64, i32> {
+        let bytes = self.body.get(at..).and_then(|rest| rest.first_chunk());
+        bytes.map(|it| u64::from_ne_bytes(*it)).ok_or(libc::EINVAL)
+    }
+}
+
+/// One end of a connection.
+pub(super) struct Channel {
+    socket: UnixStream,
+}
+
+impl Channel {
+    pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket })
+    }
+
+    /// Waits for a command; `None` when the client is gone or `stop` is readable.
+    pub(super) fn receive(&mut self, stop: BorrowedFd<'_>) -> Result<Option<Message>, Error> {
+        let fds = [(self.socket.as_fd(), libc::POLLIN), (stop, libc::POLLIN)];
+        let [_, stopped] = sys::poll(fds, None)?;
+        if stopped != 0 {
+            return Ok(None);
+        }
+        let deadline = sys::after(PATIENCE);
+        let mut header = [0; HEADER];
+        let Some((first, files)) = self.receive_files(&mut header, stop, deadline)? else {
+            return Ok(None);
+        };
+        self.fill(&mut header[first..], stop, deadline)?;
+        let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
+        let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;
+        let (size, flags) = (word(4) as usize, word(8));
+        if flags & TYPE != TYPE_COMMAND {
+            return Err(Error::Client(format!("message type {}", flags & TYPE)));
+        }
+        if !(HEADER..=HEADER + 64 + MAX_DATA).contains(&size) {
+            return Err(Error::Client(format!("a message of {size} bytes")));
+        }
+        let mut body = vec![0; size - HEADER];
+        self.fill(&mut body, stop, deadline)?;
+        Ok(Some(Message {
+            id: half(0),
+            command: half(2),
+            no_reply: flags & NO_REPLY != 0,
+            body,
+            files,
+        }))
+    }
+
+    fn receive_files(
+        &mut self,
+        buf: &mut [u8],
+        stop: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<Option<(usize, Vec<File>)>, Error> {
+        loop {
+            let mut fds: [RawFd; MAX_FDS] = [-1; MAX_FDS];
+            let mut vectors = [libc::iovec {
+                iov_base: buf.as_mut_ptr().cast(),
+                iov_len: buf.len(),
+            }];
+            // SAFETY: the vector describes `buf`, bytes that may have any value.
+            match unsafe { self.socket.recv_with_fds(&mut vectors, &mut fds) } {
+                Ok((bytes, count)) => {
+                    let files = fds.iter().take(count).map(|fd| {
+                        sys::set_cloexec(*fd);
+                        // SAFETY: the kernel made this descriptor for us in this very call.
+                        unsafe { File::from_raw_fd(*fd) }
+                    });
+                    let files = files.collect();
+                    return Ok((bytes > 0).then_some((bytes, files)));
+                }
+                Err(error) => self.wait(io::Error::from(error), libc::POLLIN, stop, deadline)?,
+            }
+        }
+    }
+
+    fn fill(
+        &mut self,
+        mut buf: &mut [u8],
+        stop: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        while !buf.is_empty() {
+            match self.socket.read(buf) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(bytes) => buf = &mut buf[bytes..],
+                Err(error) => self.wait(error, libc::POLLIN, stop, deadline)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(
+        &self,
+        error: io::Error,
+        events: i16,
+        stop: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => return Ok(()),
+            io::ErrorKind::WouldBlock => {}
+            _ => return Err(error.into()),
+        }
+        let fds = [(self.socket.as_fd(), events), (stop, libc::POLLIN)];
+        let [ready, stopped] = sys::poll(fds, Some(deadline))?;
+        if stopped != 0 {
+            return Err(io::Error::from(io::ErrorKind::Interrupted).into());
+        }
+        if ready == 0 {
+            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+        }
+        Ok(())
+    }
+
+    /// Answers a command, unless it asked for no answer.
+    pub(super) fn reply(
+        &mut self,
+        message: &Message,
+        result: Result<Vec<u8>, i32>,
+        stop: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        if message.no_reply {
+            return Ok(());
+        }
+        let (flags, errno, body) = match result {
+            Ok(body) => (TYPE_REPLY, 0, body),
+            Err(errno) => (TYPE_REPLY | ERROR, errno, Vec::new()),
+        };
+        let mut bytes = Vec::with_capacity(HEADER + body.len());
+        bytes.extend_from_slice(&message.id.to_ne_bytes());
+        bytes.extend_from_slice(&message.command.to_ne_bytes());
+        bytes.extend_from_slice(&((HEADER + body.len()) as u32).to_ne_bytes());
+        bytes.extend_from_slice(&flags.to_ne_bytes());
+        bytes.extend_from_slice(&errno.to_ne_bytes());
+        bytes.extend_from_slice(&body);
+        let deadline = sys::after(PATIENCE);
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            match self.socket.send_with_fds(&[rest], &[]) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) => self.wait(error.into(), libc::POLLOUT, stop, deadline)?,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,349 @@
+//! The vfio-user server, from a client's seat: an NVMe controller that is enabled, identified, used and
+//! reset over the socket.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use virtio_devices::{
+    nvme::{NamespaceConfig, NvmeConfig, Subsystem, SubsystemConfig},
+    testing::{MockDisk, MockDiskConfig},
+};
+use vm_memory::GuestMemoryAtomic;
+use vmm_glue::vfio_user::{
+    NvmeFunction, NvmeFunctionConfig, StopHandle, VfioUserInterrupts, VfioUserMemory,
+    VfioUserServer,
+};
+use vmm_sys_util::{
+    eventfd::{EFD_NONBLOCK, EventFd},
+    sock_ctrl_msg::ScmSocket,
+};
+
+const MEMORY: u64 = 4 << 20;
+const BASE: u64 = 0x1_0000_0000;
+
+fn memfd() -> File {
+    // SAFETY: the name is a NUL-terminated string.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: the call above made this descriptor, and nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(MEMORY).unwrap();
+    file
+}
+
+struct Server {
+    disk: MockDisk,
+    stop: StopHandle,
+    thread: Option<thread::JoinHandle<()>>,
+    folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = MockDisk::new(MockDiskConfig::default());
+        let subsystem = Subsystem::new(SubsystemConfig::default()).unwrap();
+        subsystem
+            .add_namespace(Box::new(disk.clone()), &NamespaceConfig::default())
+            .unwrap();
+        let interrupts = Arc::new(VfioUserInterrupts::default());
+        let memory = GuestMemoryAtomic::new(VfioUserMemory::new());
+        let config = NvmeFunctionConfig {
+            controller: NvmeConfig {
+                io_queues: 2,
+                vectors: 3,
+                ..NvmeConfig::default()
+            },
+        };
+        let function = NvmeFunction::new(&subsystem, config, &memory, interrupts.clone()).unwrap();
+        let path = folder.path().join("s");
+        let mut server =
+            VfioUserServer::bind(&path, Arc::new(function), memory, interrupts).unwrap();
+        let stop = server.stop_handle().unwrap();
+        let thread = thread::spawn(move || server.run().unwrap());
+        Self {
+            disk,
+            stop,
+            thread: Some(thread),
+            folder,
+        }
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.folder.path().join("s")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.stop();
+        let ended = self.thread.take().map(thread::JoinHandle::join);
+        assert!(ended.is_some_and(|it| it.is_ok()));
+    }
+}
+
+struct Client {
+    socket: UnixStream,
+    next: u16,
+    memory: File,
+}
+
+impl Client {
+    fn connect(path: &Path) -> Self {
+        let socket = UnixStream::connect(path).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut client = Self {
+            socket,
+            next: 0,
+            memory: memfd(),
+        };
+        let mut body = vec![0; 4];
+        body.extend_from_slice(b"{\"capabilities\":{}}\0");
+        let answer = client.call(1, &body, &[]).unwrap();
+        assert!(answer[4..].starts_with(b"{\"capabilities\":"));
+        client
+    }
+
+    fn send(&mut self, command: u16, body: &[u8], fds: &[i32], flags: u32) {
+        self.next += 1;
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&self.next.to_ne_bytes());
+        bytes.extend_from_slice(&command.to_ne_bytes());
+        bytes.extend_from_slice(&(16 + body.len() as u32).to_ne_bytes());
+        bytes.extend_from_slice(&flags.to_ne_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(body);
+        let sent = self.socket.send_with_fds(&[bytes.as_slice()], fds).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    fn call(&mut self, command: u16, body: &[u8], fds: &[i32]) -> Result<Vec<u8>, u32> {
+        self.send(command, body, fds, 0);
+        let mut header = [0; 16];
+        self.socket.read_exact(&mut header).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!(header[..2], self.next.to_ne_bytes());
+        let mut answer = vec![0; word(4) as usize - 16];
+        self.socket.read_exact(&mut answer).unwrap();
+        assert_eq!(word(8) & 15, 1);
+        if word(8) & 1 << 5 != 0 {
+            return Err(word(12));
+        }
+        Ok(answer)
+    }
+
+    fn words(&mut self, command: u16, words: &[u32], fds: &[i32]) -> Result<Vec<u8>, u32> {
+        let body: Vec<u8> = words.iter().flat_map(|it| it.to_ne_bytes()).collect();
+        self.call(command, &body, fds)
+    }
+
+    fn map(&mut self) {
+        let mut body: Vec<u8> = [32_u32, 3].iter().flat_map(|it| it.to_ne_bytes()).collect();
+        for value in [0, BASE, MEMORY] {
+            body.extend_from_slice(&value.to_ne_bytes());
+        }
+        let fd = self.memory.as_raw_fd();
+        self.call(2, &body, &[fd]).unwrap();
+    }
+
+    fn unmap(&mut self) -> Result<Vec<u8>, u32> {
+        let mut body: Vec<u8> = [24_u32, 0].iter().flat_map(|it| it.to_ne_bytes()).collect();
+        body.extend_from_slice(&BASE.to_ne_bytes());
+        body.extend_from_slice(&MEMORY.to_ne_bytes());
+        self.call(3, &body, &[])
+    }
+
+    fn access(offset: u64, region: u32, count: u32) -> Vec<u8> {
+        let mut body = offset.to_ne_bytes().to_vec();
+        body.extend_from_slice(&region.to_ne_bytes());
+        body.extend_from_slice(&count.to_ne_bytes());
+        body
+    }
+
+    fn read(&mut self, region: u32, offset: u64) -> u32 {
+        let answer = self.call(9, &Self::access(offset, region, 4), &[]).unwrap();
+        u32::from_ne_bytes(answer[16..20].try_into().unwrap())
+    }
+
+    /// A posted write, as QEMU's are.
+    fn write(&mut self, offset: u64, value: u32) {
+        let mut body = Self::access(offset, 0, 4);
+        body.extend_from_slice(&value.to_ne_bytes());
+        self.send(10, &body, &[], 1 << 4);
+    }
+
+    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let started = Instant::now();
+        while !done(self) {
+            assert!(started.elapsed() < Duration::from_secs(20), "{what}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn enable(&mut self) {
+        self.memory.write_all_at(&[0; 0x4000], 0).unwrap();
+        self.write(0x24, 0x000f_000f);
+        for (at, value) in [(0x28, BASE), (0x30, BASE + 0x1000)] {
+            self.write(at, value as u32);
+            self.write(at + 4, (value >> 32) as u32);
+        }
+        self.write(0x14, 0x0046_0001);
+        self.until("ready", |it| it.read(0, 0x1c) & 1 != 0);
+    }
+
+    /// Posts entry `index` of a queue and waits for its completion; returns the status field.
+    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16 {
+        let mut entry = [0; 64];
+        for (at, value) in dwords {
+            entry[at * 4..at * 4 + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        let base = queue * 0x2000;
+        self.memory.write_all_at(&entry, base + index * 64).unwrap();
+        self.write(0x1000 + 8 * queue, index as u32 + 1);
+        let mut status = 0;
+        self.until("a completion", |it| {
+            let mut entry = [0; 16];
+            it.memory
+                .read_exact_at(&mut entry, base + 0x1000 + index * 16)
+                .unwrap();
+            status = u16::from_le_bytes([entry[14], entry[15]]);
+            status & 1 != 0
+        });
+        status >> 1
+    }
+
+    fn create_queues(&mut self) {
+        for (index, opcode, at, flags) in [(0, 5, 0x3000, 3 | 1 << 16), (1, 1, 0x2000, 1 | 1 << 16)]
+        {
+            let low = (BASE + at) as u32;
+            let high = ((BASE + at) >> 32) as u32;
+            let entry = [
+                (0, opcode | 7 << 16),
+                (6, low),
+                (7, high),
+                (10, 1 | 15 << 16),
+                (11, flags),
+            ];
+            assert_eq!(self.command(0, index, &entry), 0);
+        }
+    }
+
+    fn transfer(&mut self, index: u64, opcode: u32) -> u16 {
+        let at = BASE + 0x8000;
+        let entry = [
+            (0, opcode | 9 << 16),
+            (1, 1),
+            (6, at as u32),
+            (7, (at >> 32) as u32),
+            (10, 3),
+        ];
+        self.command(1, index, &entry)
+    }
+}
+
+#[test]
+fn a_client_uses_the_controller_and_the_next_one_finds_it_fresh() {
+    let server = Server::start();
+    for round in 1..=2_u8 {
+        let mut client = Client::connect(&server.path());
+        let info = client.words(4, &[16, 0, 0, 0], &[]).unwrap();
+        assert_eq!(info[8..16], [9, 0, 0, 0, 5, 0, 0, 0]);
+        assert_eq!(client.read(7, 8) >> 8, 0x01_0802);
+        let region = client.words(5, &[32, 0, 0, 0, 0, 0, 0, 0], &[]).unwrap();
+        assert_eq!(region[16..24], 0x4000_u64.to_ne_bytes());
+        client.map();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let fds = [event.as_raw_fd()];
+        client
+            .words(8, &[20, 1 << 2 | 1 << 5, 2, 1, 1], &fds)
+            .unwrap();
+        assert_eq!(client.read(0, 0x1c), 0);
+        client.enable();
+        client.create_queues();
+        client.memory.write_all_at(&[round; 512], 0x8000).unwrap();
+        assert_eq!(client.transfer(0, 1), 0);
+        assert_eq!(server.disk.contents()[3 * 512..4 * 512], [round; 512]);
+        client.memory.write_all_at(&[0; 512], 0x8000).unwrap();
+        assert_eq!(client.transfer(1, 2), 0);
+        let mut data = [0; 512];
+        client.memory.read_exact_at(&mut data, 0x8000).unwrap();
+        assert_eq!(data, [round; 512]);
+        assert!(event.read().unwrap() > 0);
+        // A reset is answered when it is over.
+        client.call(13, &[], &[]).unwrap();
+        assert_eq!(client.read(0, 0x1c), 0);
+        client.unmap().unwrap();
+    }
+}
+
+#[test]
+fn an_unmap_waits_for_what_is_in_flight() {
+    let server = Server::start();
+    let mut client = Client::connect(&server.path());
+    client.map();
+    client.enable();
+    client.create_queues();
+    server.disk.hold(true);
+    let at = BASE + 0x8000;
+    let mut entry = [0; 64];
+    entry[..4].copy_from_slice(&(2_u32 | 9 << 16).to_le_bytes());
+    entry[4] = 1;
+    entry[24..32].copy_from_slice(&at.to_le_bytes());
+    client.memory.write_all_at(&entry, 0x2000).unwrap();
+    client.write(0x1008, 1);
+    client.until("the read", |_| server.disk.held() == 1);
+    let disk = server.disk.clone();
+    let release = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(200));
+        disk.hold(false);
+        disk.release_all();
+    });
+    let started = Instant::now();
+    client.unmap().unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(150));
+    release.join().unwrap();
+}
+
+#[test]
+fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
+    let server = Server::start();
+    // No version first; a header that lies; a message that ends in the middle.
+    for bytes in [
+        [1, 0, 13, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0].as_slice(),
+        &[1, 0, 1, 0, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0],
+        &[1, 0, 1, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        &[1, 0, 1, 0, 16, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+        &[1, 0, 1],
+    ] {
+        let mut socket = UnixStream::connect(server.path()).unwrap();
+        socket.write_all(bytes).unwrap();
+        socket.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        let _ = socket.read_to_end(&mut rest);
+    }
+    let mut client = Client::connect(&server.path());
+    // Every command with bodies of every small size gets an answer.
+    for command in 2..20 {
+        for len in [0, 4, 8, 15, 16, 20, 24, 32, 40] {
+            let _ = client.call(command, &vec![0xff; len], &[]);
+            let _ = client.call(command, &vec![0; len], &[]);
+        }
+    }
+    assert_eq!(client.call(9, &Client::access(0x3ffe, 0, 4), &[]), Err(22));
+    assert_eq!(client.call(9, &Client::access(0, 0, 2 << 20), &[]), Err(7));
+    client.map();
+    client.enable();
+}
