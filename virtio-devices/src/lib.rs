@@ -17,6 +17,7 @@ mod error;
 pub mod histogram;
 mod interrupt;
 mod memory;
+pub mod mmc;
 pub mod stats;
 pub mod testing;
 pub mod virtio;

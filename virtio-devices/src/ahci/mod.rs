@@ -16,6 +16,7 @@
 mod command;
 mod drive;
 pub mod driver;
+mod execute;
 mod fis;
 mod hba;
 mod interrupt;
@@ -24,7 +25,9 @@ mod post;
 mod queue;
 pub mod regs;
 mod slot;
+mod tray;
 
-pub use hba::{Hba, HbaConfig, Quirks};
+pub use hba::{Hba, HbaConfig, OpticalConfig, Quirks};
 pub use interrupt::HbaInterrupt;
 pub use queue::{PortQueue, PortWorker};
+pub use tray::TrayListener;

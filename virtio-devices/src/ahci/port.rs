@@ -221,6 +221,15 @@ impl Port {
         self.regs.signature_unposted || (self.runs() && self.regs.ci & !self.taken != 0)
     }
 
+    /// Wakes the worker.
+    pub(super) fn ring(&mut self) {
+        self.wants_doorbell = false;
+        if let Some(doorbell) = &self.doorbell {
+            // It only fails when it is readable already.
+            let _ = doorbell.write(1);
+        }
+    }
+
     /// Another drive, or none.
     pub(super) fn plug(&mut self, drive: Option<Drive>) {
         self.forget();
@@ -320,11 +329,9 @@ impl Port {
             px::CI if regs.cmd & cmd::ST != 0 => regs.ci |= ones,
             _ => {}
         }
-        let kick = self.wants_doorbell && self.has_work();
-        if kick {
-            self.wants_doorbell = false;
+        Effects {
+            kick: self.wants_doorbell && self.has_work(),
         }
-        Effects { kick }
     }
 
     fn write_cmd(&mut self, value: u32, mask: u32) {

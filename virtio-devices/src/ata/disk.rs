@@ -328,7 +328,7 @@ impl AtaDisk {
                 self.state.host_logs.write(address, page, data);
                 Step::End(Registers::ready(task))
             }
-            Payload::Ignored => Step::End(Registers::ready(task)),
+            Payload::Parameters => self.abort(task),
         }
     }
 
