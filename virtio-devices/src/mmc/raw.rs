@@ -30,8 +30,9 @@ impl Fields {
             user: byte & 0x10 != 0,
             check: byte & 0x08 != 0,
         };
+        let before = fields.sync || fields.header;
         let gap = (fields.sync && !fields.header && (fields.user || fields.check))
-            || (fields.check && !fields.user && (fields.sync || fields.header));
+            || (before && !fields.user && fields.check);
         (!gap).then_some(fields)
     }
 
@@ -95,7 +96,7 @@ pub(super) fn minutes(lba: u32) -> [u8; 4] {
 
 fn bcd(value: u8) -> u8 {
     let value = value % 100;
-    value / 10 << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 /// The error detection code: a CRC of 32 bits.
