@@ -9,8 +9,10 @@ use clap::{
 use clap_complete::Shell;
 
 use crate::{
+    amend::AmendArgs,
     bench::BenchArgs,
     check::CheckArgs,
+    commit::CommitArgs,
     compare::CompareArgs,
     convert::ConvertArgs,
     create::CreateArgs,
@@ -21,6 +23,7 @@ use crate::{
     io::IoArgs,
     map::MapArgs,
     measure::MeasureArgs,
+    rebase::RebaseArgs,
     resize::ResizeArgs,
     serve::ServeArgs,
     snapshot::SnapshotArgs,
@@ -72,7 +75,9 @@ enum PlatterCommand {
 
 #[derive(Subcommand, Debug)]
 enum ImageCommand {
+    Amend(AmendArgs),
     Check(CheckArgs),
+    Commit(CommitArgs),
     Compare(CompareArgs),
     Convert(Box<ConvertArgs>),
     Create(CreateArgs),
@@ -80,6 +85,7 @@ enum ImageCommand {
     Info(InfoArgs),
     Map(MapArgs),
     Measure(MeasureArgs),
+    Rebase(RebaseArgs),
     Resize(ResizeArgs),
     Snapshot(SnapshotArgs),
 }
@@ -144,6 +150,9 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
 
 fn run_image(command: ImageCommand, persona: Persona) -> Outcome {
     match command {
+        ImageCommand::Amend(args) => crate::amend::run(&args, persona),
+        ImageCommand::Commit(args) => crate::commit::run(&args, persona),
+        ImageCommand::Rebase(args) => crate::rebase::run(&args, persona),
         ImageCommand::Check(args) => crate::check::run(&args, persona),
         ImageCommand::Compare(args) => crate::compare::run(&args, persona),
         ImageCommand::Convert(args) => crate::convert::run(&args, persona),

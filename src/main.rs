@@ -5,9 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+mod amend;
 mod app;
 mod bench;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -18,6 +20,7 @@ mod info;
 mod io;
 mod map;
 mod measure;
+mod rebase;
 mod resize;
 mod serve;
 mod snapshot;

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Format, GuestRange, sync::Notify};
+use crate::{Format, GuestRange, crypto::luks::MAGIC, sync::Notify};
 
 /// Bytes from the start that detection looks at.
 pub(crate) const HEAD_LEN: u64 = 512;
@@ -51,7 +51,6 @@ const MAGICS: &[(usize, &[u8], &str)] = &[
     (0, b"COWD", "vmdk"),
     (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"QED\0", "qed"),
-    (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
     (0, b"Bochs Virtual HD Image", "bochs"),
@@ -76,6 +75,14 @@ impl Probe {
             return Some(match magic[4..8] {
                 [0, 0, 0, 1] => Recognised::Foreign("qcow"),
                 _ => Recognised::Known(Format::Qcow2),
+            });
+        }
+        // Version 1; another version is known and does not open.
+        if let Some(rest) = self.head.strip_prefix(MAGIC) {
+            return Some(if rest.starts_with(&[0, 1]) {
+                Recognised::Known(Format::Luks)
+            } else {
+                Recognised::Foreign("LUKS2")
             });
         }
         for (at, magic, name) in MAGICS {
@@ -159,6 +166,14 @@ mod tests {
         assert_eq!(
             recognise(&[0; 512], b"conectix"),
             Some(Recognised::Foreign("vpc (VHD)"))
+        );
+        assert_eq!(
+            recognise(b"LUKS\xba\xbe\0\x01", b""),
+            Some(Recognised::Known(Format::Luks))
+        );
+        assert_eq!(
+            recognise(b"LUKS\xba\xbe\0\x02", b""),
+            Some(Recognised::Foreign("LUKS2"))
         );
         assert_eq!(recognise(b"QFI", b""), None);
         assert_eq!(recognise(b"", b""), None);

@@ -13,6 +13,7 @@ use std::{
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
     GuestRange, OpenOptions, Result,
+    crypto::KeyChange,
     extras::DiskExtras,
     hooks::{Hook, Mutation},
     image::{BlockStatus, ImageInfo},
@@ -123,6 +124,16 @@ impl Disk {
         Ok(())
     }
 
+    /// The image at the top.
+    pub(crate) fn image(&self) -> &Arc<dyn crate::image::Image> {
+        &self.shared.served.image
+    }
+
+    /// What tells whether two disks have the same file.
+    pub(crate) fn identity(&self, file: FileId) -> Option<(u64, u64)> {
+        self.shared.core.file(file).ok()?.file.identity()
+    }
+
     /// Serves one request on the calling thread.
     fn serve(&self, op: &RequestOp) -> Result<()> {
         let served = &*self.shared.served;
@@ -142,7 +153,7 @@ impl Disk {
 
     /// Runs a part of the image's work under a pin, so that nothing it looks up is used again
     /// meanwhile.
-    fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_pin<T>(&self, work: impl AsyncFnOnce(&Io) -> Result<T>) -> Result<T> {
         let core = &self.shared.core;
         self.shared.contexts.block_on(core, async move |io| {
             let pin = loop {
@@ -376,6 +387,15 @@ impl DiskFile for Disk {
         self.write_at(data, offset)
     }
 
+    fn change_keys(&self, change: &KeyChange) -> Result<()> {
+        if self.shared.served.policy.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly).path(self.path()));
+        }
+        let image = &self.shared.served.image;
+        self.with_drained(async |io| image.change_keys(io, change).await)
+            .map_err(|error| error.operation("change keys").path(self.path()))
+    }
+
     fn extras(&self) -> &dyn DiskExtras {
         self
     }
@@ -438,6 +458,14 @@ impl DiskFormat for Qcow2Format {
     const FORMAT: Format = Format::Qcow2;
 }
 
+/// The LUKS format.
+#[derive(Debug)]
+pub enum LuksFormat {}
+
+impl DiskFormat for LuksFormat {
+    const FORMAT: Format = Format::Luks;
+}
+
 /// How a disk is driven, as a type.
 pub trait Drive: Send + Sync + 'static {
     /// Adjusts the options.
@@ -482,6 +510,10 @@ pub type RawAsync = AsyncDisk<RawFormat>;
 pub type Qcow2Sync = SyncDisk<Qcow2Format>;
 /// A qcow2 image, asynchronous.
 pub type Qcow2Async = AsyncDisk<Qcow2Format>;
+/// A LUKS volume, synchronous.
+pub type LuksSync = SyncDisk<LuksFormat>;
+/// A LUKS volume, asynchronous.
+pub type LuksAsync = AsyncDisk<LuksFormat>;
 
 impl<F: DiskFormat, D: Drive> TypedDisk<F, D> {
     /// Opens an image of this format.
@@ -549,6 +581,10 @@ impl<F: DiskFormat, D: Drive> DiskFile for TypedDisk<F, D> {
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()> {
         self.disk.write_compressed(data, offset)
     }
+    fn change_keys(&self, change: &KeyChange) -> Result<()> {
+        self.disk.change_keys(change)
+    }
+
     fn extras(&self) -> &dyn DiskExtras {
         self.disk.extras()
     }

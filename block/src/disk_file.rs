@@ -9,7 +9,8 @@
 use std::path::Path;
 
 use crate::{
-    Format, Result,
+    Error, Format, Result,
+    crypto::KeyChange,
     extras::{DiskExtras, NoExtras},
     image::{BlockStatus, ImageInfo},
     io::AsyncIo,
@@ -137,6 +138,17 @@ pub trait DiskFile: Send + Sync {
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) where the format has no compression.
     fn write_compressed(&self, data: &[u8], offset: u64) -> Result<()>;
+
+    /// Adds or removes a password of an encrypted image. The key in use stays the same.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) where there are no key slots,
+    /// [`InvalidArgument`](crate::ErrorKind::InvalidArgument) when the change cannot be made, or
+    /// would leave no password.
+    fn change_keys(&self, change: &KeyChange) -> Result<()> {
+        let _ = change;
+        Err(Error::unsupported("this disk has no key slots"))
+    }
 
     /// Snapshots, VM state and bitmaps.
     fn extras(&self) -> &dyn DiskExtras {

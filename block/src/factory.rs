@@ -9,6 +9,7 @@ use crate::{
     AsyncDiskFile, Disk, Error, ErrorKind, FileId, Format, OpenOptions, Result,
     detect::{self, Probe, RawGuard, Recognised},
     formats::{
+        luks::Luks,
         qcow2::{
             Qcow2, Qcow2Options,
             header::{Autoclear, Header},
@@ -165,6 +166,12 @@ impl Opener<'_> {
         }
     }
 
+    /// Whether the image so many levels below the top is opened for writing.
+    fn is_writable(&self, depth: usize) -> bool {
+        let wanted = depth == 0 || self.options.writable_depth == Some(depth);
+        wanted && !self.options.read_only
+    }
+
     async fn probe(&self, id: FileId) -> Result<Option<Recognised>> {
         let mut probe = Probe::default();
         for range in detect::probed_ranges(self.io.file_len(id)?) {
@@ -181,21 +188,22 @@ impl Opener<'_> {
         match format {
             Format::Raw => self.open_raw(id, top),
             Format::Qcow2 => self.open_qcow2(id, top, Vec::new()).await,
+            Format::Luks => self.open_luks(id, 0).await,
         }
     }
 
-    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, by
-    /// which a chain that names itself is recognised.
+    /// Opens a qcow2 image and what is below it. `above` are the files of the images above, as
+    /// many as this one is levels down: by them a chain that names itself is recognised.
     fn open_qcow2(
         &self,
         id: FileId,
         top: bool,
-        mut above: Vec<(u64, u64)>,
+        mut above: Vec<Option<(u64, u64)>>,
     ) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
         Box::pin(async move {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
-            let writable = top && !self.options.read_only;
+            let writable = self.is_writable(above.len());
             let mut header = Header::read(self.io, id).await?;
             header.check_supported(writable).map_err(named)?;
             if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
@@ -203,11 +211,13 @@ impl Opener<'_> {
                     .await
                     .map_err(named)?;
             }
-            above.extend(self.io.with_file(id, |view| view.entry.file.identity())?);
+            let depth = above.len();
+            above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
+                unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
                 .await
@@ -244,10 +254,11 @@ impl Opener<'_> {
         header: &Header,
         path: &Path,
         top: bool,
-        above: Vec<(u64, u64)>,
+        above: Vec<Option<(u64, u64)>>,
     ) -> Result<Option<Arc<dyn Image>>> {
         let host = &*self.io.core.host;
-        let options = self.options.file_options(false);
+        let writable = self.is_writable(above.len());
+        let options = self.options.file_options(writable);
         let (file, recorded) = match &self.options.backing {
             Backing::None if top => return Ok(None),
             Backing::Override(backing, format) if top => (host.open(backing, options)?, *format),
@@ -256,6 +267,9 @@ impl Opener<'_> {
                     return Ok(None);
                 };
                 let format = match header.backing_format() {
+                    _ if top && self.options.backing_format.is_some() => {
+                        self.options.backing_format
+                    }
                     Some(name) => Some(named_format(&name).map_err(|error| error.path(path))?),
                     None => None,
                 };
@@ -277,7 +291,10 @@ impl Opener<'_> {
             ))
             .path(path));
         }
-        if file.identity().is_some_and(|file| above.contains(&file)) {
+        if file
+            .identity()
+            .is_some_and(|file| above.contains(&Some(file)))
+        {
             return Err(Error::invalid_image(format!(
                 "backing file: {} is already in the chain above",
                 file.path().display()
@@ -285,7 +302,7 @@ impl Opener<'_> {
             .path(path));
         }
         let locking = self.options.effective_locking();
-        lock_image(&file, false, locking, self.options.lock_wait)?;
+        lock_image(&file, writable, locking, self.options.lock_wait)?;
         let id = self.io.core.add_file(file, FileRole::Clusters);
         let format = match recorded {
             Some(format) => format,
@@ -305,7 +322,17 @@ impl Opener<'_> {
         Ok(Some(match format {
             Format::Raw => self.open_raw(id, false)?,
             Format::Qcow2 => self.open_qcow2(id, false, above).await?,
+            Format::Luks => self.open_luks(id, above.len()).await?,
         }))
+    }
+
+    /// Opens a LUKS volume, `depth` levels down.
+    async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
+        let writable = self.is_writable(depth);
+        let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
+            .await
+            .map_err(|error| error.path(&self.io.file_path(id)))?;
+        Ok(Arc::new(image))
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {

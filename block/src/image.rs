@@ -16,6 +16,8 @@ use serde::Serialize;
 
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    crypto::KeyChange,
+    encryption::Encryption,
     extras::ImageExtras,
     io::{Buffers, Io},
     sync::LocalFuture,
@@ -35,6 +37,15 @@ pub enum ExtentKind {
     },
     /// Reads as zeroes.
     Zero,
+    /// Bytes of a host file, encrypted as [`Image::encryption`] of the image says that holds them.
+    Encrypted {
+        /// Levels below the image that was asked (0: the image itself).
+        depth: u16,
+        /// The file, of this disk.
+        file: FileId,
+        /// Where in the file.
+        offset: HostOffset,
+    },
     /// Only the image's own [`Image::read_opaque`] can serve it: compressed data, for instance. The
     /// number says how far down the backing chain that image is (0: the image itself).
     Opaque {
@@ -100,6 +111,20 @@ impl Extents {
         self.push(len, ExtentKind::Opaque { depth });
     }
 
+    /// Appends a run that the image at the current depth holds encrypted.
+    pub fn push_encrypted(&mut self, len: u64, file: FileId, offset: HostOffset) {
+        // Chains are much shorter than that.
+        let depth = u16::try_from(self.depth).unwrap_or(u16::MAX);
+        self.push(
+            len,
+            ExtentKind::Encrypted {
+                depth,
+                file,
+                offset,
+            },
+        );
+    }
+
     /// What `look_up` appends comes from the backing image.
     pub fn below<T>(&mut self, look_up: impl FnOnce(&mut Self) -> T) -> T {
         self.depth += 1;
@@ -130,6 +155,21 @@ impl Extents {
                         offset: next,
                     },
                 ) => file == next_file && offset.checked_add(last.len) == Some(next),
+                (
+                    ExtentKind::Encrypted {
+                        depth,
+                        file,
+                        offset,
+                    },
+                    ExtentKind::Encrypted {
+                        depth: next_depth,
+                        file: next_file,
+                        offset: next,
+                    },
+                ) => {
+                    (depth, file) == (next_depth, next_file)
+                        && offset.checked_add(last.len) == Some(next)
+                }
                 (ExtentKind::Opaque { depth }, ExtentKind::Opaque { depth: next }) => depth == next,
                 _ => false,
             };
@@ -147,11 +187,14 @@ impl Extents {
 pub enum Intent {
     /// Reading: data, zero and opaque extents, through the backing chain.
     Read,
-    /// Writing in place: only data extents of this image that may be overwritten where they are.
+    /// Writing in place: only data, encrypted or not, of this image that may be overwritten where it
+    /// is.
     WriteInPlace,
 }
 
 /// A prepared write: space is reserved, nothing is visible yet.
+///
+/// Where the image is encrypted, so is everything that goes to `file`.
 ///
 /// The queue fills `head` bytes before and `tail` bytes after the caller's data with what the image
 /// holds there now (copy on write), writes everything at `offset - head` with one operation, and
@@ -274,6 +317,11 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// How the image's own data is encrypted, where it is.
+    fn encryption(&self) -> Option<&Arc<Encryption>> {
+        None
+    }
+
     /// The host file that holds the image's own data.
     fn data_file(&self) -> FileId;
 
@@ -378,6 +426,46 @@ pub trait Image: Send + Sync {
         Box::pin(async move {
             Err(Error::unsupported(format!(
                 "{format} images have no compressed clusters"
+            )))
+        })
+    }
+
+    /// Changes the passwords of an encrypted image. The disk is drained.
+    fn change_keys<'a>(&'a self, io: &'a Io, change: &'a KeyChange) -> LocalFuture<'a, Result<()>> {
+        let _ = (io, change);
+        let format = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "this {format} image has no key slots"
+            )))
+        })
+    }
+
+    /// Makes the header name another backing file, or none; what is below this image stays open as it
+    /// is. Everything that was written before is durable first. The disk is drained.
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        let _ = (io, name, format);
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
+            )))
+        })
+    }
+
+    /// Forgets everything the image itself holds, so that all of the disk is what the backing file
+    /// has. The disk is drained.
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        let _ = io;
+        let own = self.format();
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{own} images have no backing file"
             )))
         })
     }

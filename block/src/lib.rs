@@ -18,11 +18,13 @@
 //! ```
 
 pub mod codec;
+pub mod crypto;
 mod detect;
 pub mod dirty;
 pub mod disk;
 mod disk_extras;
 pub mod disk_file;
+mod encryption;
 pub mod error;
 pub mod extras;
 mod factory;
@@ -33,6 +35,7 @@ pub mod host;
 pub mod image;
 pub mod io;
 mod locking;
+pub mod maintenance;
 pub mod offline;
 pub mod options;
 mod queue;
@@ -42,7 +45,7 @@ mod table;
 pub mod types;
 
 pub use dirty::DirtyBits;
-pub use disk::{Disk, DrainGuard, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
+pub use disk::{Disk, DrainGuard, LuksAsync, LuksSync, Qcow2Async, Qcow2Sync, RawAsync, RawSync};
 pub use disk_file::{AsyncDiskFile, Capabilities, DiskFile, DiskTopology};
 pub use error::{Error, ErrorKind, Result};
 pub use extras::{BitmapChange, BitmapInfo, DiskExtras, NewSnapshot};

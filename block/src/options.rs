@@ -5,7 +5,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{Format, gate::FileGate, io::EngineKind};
+use crate::{
+    Format,
+    crypto::{Secret, Unlock},
+    gate::FileGate,
+    io::EngineKind,
+};
 
 /// How the host's page cache and flushes are used, as QEMU's cache modes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,11 +105,16 @@ pub struct OpenOptions {
     pub(crate) discard: DiscardPolicy,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) backing_format: Option<Format>,
     pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
+    pub(crate) writable_depth: Option<usize>,
     pub(crate) lock_wait: Duration,
+    /// Of the image, then of each image below.
+    pub(crate) keys: Vec<Option<Secret>>,
+    pub(crate) locked: bool,
 }
 
 /// The default of [`OpenOptions::metadata_cache_size`]: 32 MiB, which maps 256 GiB of a qcow2 image
@@ -126,11 +136,15 @@ impl Default for OpenOptions {
             discard: DiscardPolicy::Unmap,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            backing_format: None,
             snapshot: None,
             restartable: false,
             allow_probed_backing: false,
             allow_corrupt: false,
+            writable_depth: None,
             lock_wait: Duration::ZERO,
+            keys: Vec::new(),
+            locked: false,
         }
     }
 }
@@ -240,6 +254,14 @@ impl OpenOptions {
         self
     }
 
+    /// Take the backing file that the header names for an image of this format, whatever format the
+    /// header records.
+    #[must_use]
+    pub fn backing_format(mut self, format: Format) -> Self {
+        self.backing_format = Some(format);
+        self
+    }
+
     /// Show the disk as it was at an internal snapshot, by id or name. Needs
     /// [`read_only`](Self::read_only).
     #[must_use]
@@ -270,11 +292,54 @@ impl OpenOptions {
         self
     }
 
+    /// Open the image that many levels down the backing chain for writing, too, and lock it so: for
+    /// [`maintenance::commit`](crate::maintenance::commit). 0 stands for none.
+    #[must_use]
+    pub fn writable_backing(mut self, depth: usize) -> Self {
+        self.writable_depth = (depth > 0).then_some(depth);
+        self
+    }
+
     /// How long to wait for the lock of an image that another process holds; by default not at all.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;
         self
+    }
+
+    /// The secret of an encrypted image.
+    #[must_use]
+    pub fn key(self, secret: Secret) -> Self {
+        self.backing_key(0, secret)
+    }
+
+    /// The secret of the encrypted image `depth` levels down the backing chain.
+    #[must_use]
+    pub fn backing_key(mut self, depth: usize, secret: Secret) -> Self {
+        // Longer than any chain.
+        if depth <= 256 {
+            let needed = self.keys.len().max(depth + 1);
+            self.keys.resize(needed, None);
+            self.keys[depth] = Some(secret);
+        }
+        self
+    }
+
+    /// Open encrypted images without their keys: what their headers say can be seen, data can be
+    /// neither read nor written.
+    #[must_use]
+    pub fn locked(mut self, locked: bool) -> Self {
+        self.locked = locked;
+        self
+    }
+
+    /// How the image `depth` levels down is unlocked.
+    pub(crate) fn unlock(&self, depth: usize) -> Unlock {
+        match self.keys.get(depth) {
+            Some(Some(secret)) => Unlock::With(secret.clone()),
+            _ if self.locked => Unlock::Locked,
+            _ => Unlock::Nothing,
+        }
     }
 
     pub(crate) fn is_direct(&self) -> bool {

@@ -364,7 +364,8 @@ impl QueueInner {
         for extent in extents.as_slice() {
             match extent.kind {
                 ExtentKind::Zero => {}
-                ExtentKind::Opaque { .. } => return false,
+                // A task serves it: its data passes through a buffer of its own.
+                ExtentKind::Opaque { .. } | ExtentKind::Encrypted { .. } => return false,
                 ExtentKind::Data { file, offset } => {
                     let fits = self.io.with_file(file, |view| {
                         if view.entry.file.alignment().is_none() {

@@ -8,11 +8,12 @@ use std::sync::{
 };
 
 use crate::{
-    Error, ErrorKind, GuestRange, Result,
+    Error, ErrorKind, GuestRange, HostOffset, Result,
     detect::{self, RawGuard},
+    encryption::{Encryption, Place},
     hooks::{Hooks, Mutation},
     image::{ExtentKind, Extents, Image, Intent, Prepared},
-    io::{AlignedBuf, Buffers, Io, RequestOp, Segment},
+    io::{AlignedBuf, Buffers, Io, RequestOp, Segment, Segments},
     options::{DetectZeroes, DiscardPolicy},
     sync::{LocalFuture, join_all},
 };
@@ -168,6 +169,20 @@ pub(crate) async fn read(
                     let segments = buffers.part(place, extent.len);
                     pieces.push(Box::pin(io.read_segments(file, offset.0, segments)));
                 }
+                ExtentKind::Encrypted {
+                    depth,
+                    file,
+                    offset,
+                } => {
+                    let encryption = encryption_of(image_at(image, u32::from(depth))?)?;
+                    let data = Place {
+                        file,
+                        host: offset,
+                        guest: part.start.0,
+                    };
+                    let segments = buffers.part(place, extent.len);
+                    pieces.push(Box::pin(encryption.read(io, data, segments)));
+                }
                 ExtentKind::Opaque { depth } => {
                     let holder = image_at(image, depth)?;
                     pieces.push(holder.read_opaque(io, part, buffers, place));
@@ -182,7 +197,7 @@ pub(crate) async fn read(
 }
 
 /// The image `depth` levels down the backing chain.
-fn image_at(mut image: &dyn Image, depth: u32) -> Result<&dyn Image> {
+pub(crate) fn image_at(mut image: &dyn Image, depth: u32) -> Result<&dyn Image> {
     for _ in 0..depth {
         image = match image.backing() {
             Some(backing) => &**backing,
@@ -194,6 +209,16 @@ fn image_at(mut image: &dyn Image, depth: u32) -> Result<&dyn Image> {
         };
     }
     Ok(image)
+}
+
+/// How the data of an image is encrypted whose extents say that it is.
+pub(crate) fn encryption_of(image: &dyn Image) -> Result<&Encryption> {
+    match image.encryption() {
+        Some(encryption) => Ok(encryption),
+        None => Err(Error::corrupt(
+            "an extent is encrypted, but its image is not",
+        )),
+    }
 }
 
 /// Reads a range of an image into memory of its own; what lies beyond the end of the image is
@@ -316,18 +341,43 @@ pub(crate) async fn write_image(
         let dsync = durable && settled;
         unsettled |= !settled;
         let mut pieces = Vec::new();
+        let mut guest = range.start.0;
         for extent in extents.as_slice() {
-            let ExtentKind::Data { file, offset } = extent.kind else {
-                return Err(Error::corrupt("a write in place was mapped to no data"));
-            };
             let segments = buffers.part(at, extent.len);
-            pieces.push(io.write_segments(file, offset.0, segments, dsync));
+            pieces.push(write_extent(image, io, extent.kind, guest, segments, dsync));
             at += extent.len;
+            guest += extent.len;
         }
         join_all(pieces).await.into_iter().collect::<Result<()>>()?;
         range = range.skip(in_place.len);
     }
     Ok(unsettled)
+}
+
+/// Writes data in place, where the map says that it is.
+async fn write_extent(
+    image: &dyn Image,
+    io: &Io,
+    kind: ExtentKind,
+    guest: u64,
+    segments: Segments,
+    dsync: bool,
+) -> Result<()> {
+    match kind {
+        ExtentKind::Data { file, offset } => {
+            io.write_segments(file, offset.0, segments, dsync).await
+        }
+        ExtentKind::Encrypted {
+            depth: 0,
+            file,
+            offset: host,
+        } => {
+            let place = Place { file, host, guest };
+            let encryption = encryption_of(image)?;
+            Box::pin(encryption.write(io, place, segments, dsync)).await
+        }
+        _ => Err(Error::corrupt("a write in place was mapped to no data")),
+    }
 }
 
 /// Copies what surrounds the data, writes everything with one operation and commits.
@@ -359,8 +409,20 @@ async fn write_prepared(
         .0
         .checked_sub(prepared.head)
         .ok_or_else(|| Error::corrupt("a prepared write starts before its file"))?;
-    io.write_segments(prepared.file, start, segments, false)
-        .await?;
+    match image.encryption() {
+        None => {
+            io.write_segments(prepared.file, start, segments, false)
+                .await?;
+        }
+        Some(encryption) => {
+            let place = Place {
+                file: prepared.file,
+                host: HostOffset(start),
+                guest: range.start.0 - prepared.head,
+            };
+            Box::pin(encryption.write(io, place, segments, false)).await?;
+        }
+    }
     prepared.commit.commit(io).await
 }
 

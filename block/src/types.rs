@@ -85,11 +85,13 @@ pub enum Format {
     Raw,
     /// QEMU copy-on-write, versions 2 and 3.
     Qcow2,
+    /// LUKS version 1: an encrypted disk behind a header.
+    Luks,
 }
 
 impl Format {
     /// Every format, in the order in which detection looks for them.
-    pub const ALL: [Format; 2] = [Format::Qcow2, Format::Raw];
+    pub const ALL: [Format; 3] = [Format::Qcow2, Format::Luks, Format::Raw];
 
     /// The name used on the command line and in image headers.
     #[must_use]
@@ -97,6 +99,7 @@ impl Format {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Luks => "luks",
         }
     }
 

@@ -157,13 +157,6 @@ fn impossible_options_are_refused() {
             },
         ),
         (
-            "luks encryption",
-            CreateOptions {
-                encrypt: Some("luks".into()),
-                ..base.clone()
-            },
-        ),
-        (
             "compatibility level",
             CreateOptions {
                 version: 4,

@@ -7,7 +7,7 @@ use block::{AsyncDiskFile, ErrorKind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_devices::{
     ahci::{
-        Hba, HbaConfig, HbaInterrupt, PortWorker,
+        Hba, HbaConfig, PortWorker,
         driver::{Driver, Issue, Layout, command, queued},
         regs::px,
     },
@@ -34,15 +34,6 @@ fn failed(error: virtio_devices::Error) -> Failure {
     Failure::new(error.to_string())
 }
 
-/// Nobody listens: the driver polls.
-struct Deaf;
-
-impl HbaInterrupt for Deaf {
-    fn set_line(&self, _asserted: bool) {}
-
-    fn message(&self) {}
-}
-
 /// A port of an adapter, with its driver.
 pub(super) struct AhciLane {
     // Dropped first: it waits for what is in flight.
@@ -51,10 +42,11 @@ pub(super) struct AhciLane {
     memory: Arc<GuestMemoryMmap>,
     data: u64,
     bs: u64,
-    /// A flush is not queued: it waits until the port is empty, and nothing is issued beside it.
-    flush: Option<usize>,
-    flushing: bool,
+    pushed: Vec<(usize, Op, u64)>,
     waiting: Vec<(usize, Op, u64)>,
+    /// A flush is no queued command: nothing is issued beside it.
+    flushes: Vec<usize>,
+    flushing: bool,
 }
 
 impl AhciLane {
@@ -80,7 +72,6 @@ impl AhciLane {
             .map_err(|error| Failure::new(format!("guest memory of {size} bytes: {error}")))?;
         let memory = Arc::new(memory);
         let hba = Arc::new(Hba::new(HbaConfig::default()).map_err(failed)?);
-        hba.set_interrupt(Arc::new(Deaf));
         hba.plug_disk(0, disk.clone_async(), DiskConfig::default())
             .map_err(failed)?;
         let mut worker = hba.port_worker(0, Arc::clone(&memory)).map_err(failed)?;
@@ -94,9 +85,10 @@ impl AhciLane {
             memory,
             data,
             bs,
-            flush: None,
-            flushing: false,
+            pushed: Vec::new(),
             waiting: Vec::new(),
+            flushes: Vec::new(),
+            flushing: false,
         })
     }
 
@@ -126,23 +118,29 @@ impl AhciLane {
         );
     }
 
-    /// Issues what waits for a flush, or a flush that waits for everything else.
+    /// Issues what was pushed. Flushes wait until the port is empty, and everything else for them.
     fn issue(&mut self) {
-        if let Some(slot) = self.flush
-            && self.driver.issued() == 0
+        for (slot, op, offset) in std::mem::take(&mut self.pushed) {
+            match op {
+                Op::Flush => self.flushes.push(slot),
+                op => self.waiting.push((slot, op, offset)),
+            }
+        }
+        if self.flushing {
+            return;
+        }
+        if self.flushes.is_empty() {
+            if !self.waiting.is_empty() {
+                for (slot, op, offset) in std::mem::take(&mut self.waiting) {
+                    self.prepare(slot, op, offset);
+                }
+                self.driver.issue();
+            }
+        } else if self.driver.issued() == 0
+            && let Some(slot) = self.flushes.pop()
         {
-            self.flush = None;
             self.flushing = true;
             self.prepare(slot, Op::Flush, 0);
-            self.driver.issue();
-        }
-        if self.flush.is_none() && !self.flushing && !self.waiting.is_empty() {
-            for (slot, op, offset) in std::mem::take(&mut self.waiting) {
-                match op {
-                    Op::Flush => self.flush = Some(slot),
-                    op => self.prepare(slot, op, offset),
-                }
-            }
             self.driver.issue();
         }
     }
@@ -150,7 +148,7 @@ impl AhciLane {
 
 impl Lane for AhciLane {
     fn push(&mut self, slot: usize, op: Op, offset: u64) -> Outcome<()> {
-        self.waiting.push((slot, op, offset));
+        self.pushed.push((slot, op, offset));
         Ok(())
     }
 
@@ -178,7 +176,7 @@ impl Lane for AhciLane {
             }
             return Err(Failure::new("the port reported an error"));
         }
-        if self.flush.is_some() || !self.waiting.is_empty() {
+        if !self.flushes.is_empty() || !self.waiting.is_empty() {
             self.issue();
             self.worker.process();
         }

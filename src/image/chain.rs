@@ -12,7 +12,10 @@ use crate::{
         open::{self, OpenHow},
         spec::{ImageSpec, could_not_open},
     },
-    util::{failure::Outcome, persona::Persona},
+    util::{
+        failure::{Failure, Outcome},
+        persona::Persona,
+    },
 };
 
 /// Opens the image and, one by one, what backs it; each alone.
@@ -31,7 +34,10 @@ pub(crate) fn open_all(
     while let Some(spec) = next {
         if !seen.insert(spec.path.clone()) {
             let name = spec.display().to_string();
-            return Err(could_not_open(&name, "Backing chain is a loop", persona));
+            return Err(match persona.is_qemu() {
+                true => Failure::new(format!("Backing file '{name}' creates an infinite loop.")),
+                false => could_not_open(&name, "Backing chain is a loop", persona),
+            });
         }
         let disk = open::open(&spec, &how, persona)?;
         next = backing_of(&*disk, persona);

@@ -11,6 +11,7 @@ use std::{
 use block::{
     Error, Format, Locking, Result,
     formats::qcow2::{
+        amend::{self, AmendOptions},
         check::{self, CheckReport, Repair},
         create::{self, CreateOptions},
         header::{CompressionType, FEATURES_OFFSET, Header, MAGIC},
@@ -92,6 +93,24 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
     options.check()?;
     with_file(path, OfflineOptions::create(), async |io, file| {
         create::create(io, file, &options).await
+    })
+}
+
+/// Changes what a qcow2 image is; `step` is told of work done and all the work.
+pub(crate) fn amend(
+    path: &Path,
+    options: &AmendOptions,
+    step: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    with_file(path, OfflineOptions::write(), async |io, file| {
+        amend::amend(io, file, options, step).await
+    })
+}
+
+/// Makes a qcow2 image a version 2 one.
+pub(crate) fn downgrade(path: &Path, step: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    with_file(path, OfflineOptions::write(), async |io, file| {
+        amend::downgrade(io, file, step).await
     })
 }
 

@@ -3,8 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use block::{
-    AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Error, ErrorKind, FileGate, Format,
-    Locking, OpenOptions, io::EngineKind,
+    AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
+    FileGate, Format, Locking, OpenOptions, io::EngineKind,
 };
 use clap::Args;
 
@@ -47,10 +47,14 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// The format of the backing file that the header names.
+    pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
     pub(crate) snapshot: Option<String>,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
+    /// Open the image so many levels below for writing, too; 0 for none.
+    pub(crate) writable_backing: usize,
     /// Open files that the image names only if its own format was named.
     pub(crate) named_files_need_format: bool,
 }
@@ -87,7 +91,12 @@ pub(crate) fn open(
     how: &OpenHow,
     persona: Persona,
 ) -> Outcome<Box<dyn AsyncDiskFile>> {
-    open_quietly(spec, how, persona)
+    Ok(Box::new(open_disk(spec, how, persona)?))
+}
+
+/// Opens an image, as the concrete type.
+pub(crate) fn open_disk(spec: &ImageSpec, how: &OpenHow, persona: Persona) -> Outcome<Disk> {
+    open_disk_quietly(spec, how, persona)
         .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
         .map_err(|failure| match persona {
             Persona::QemuIo => Failure::new(failure.to_string().replacen(
@@ -105,6 +114,15 @@ pub(crate) fn open_quietly(
     how: &OpenHow,
     persona: Persona,
 ) -> Result<Box<dyn AsyncDiskFile>, String> {
+    Ok(Box::new(open_disk_quietly(spec, how, persona)?))
+}
+
+/// [`open_quietly`], as the concrete type.
+pub(crate) fn open_disk_quietly(
+    spec: &ImageSpec,
+    how: &OpenHow,
+    persona: Persona,
+) -> Result<Disk, String> {
     let mut how = how.clone();
     let mut options = spec.options.clone();
     let caches = CacheOptions::take(&mut options)?;
@@ -125,6 +143,7 @@ pub(crate) fn open_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
         } else {
@@ -148,11 +167,14 @@ pub(crate) fn open_quietly(
     if let Some(name) = &how.snapshot {
         open = open.snapshot(name);
     }
+    if let Some(format) = how.backing_format {
+        open = open.backing_format(format);
+    }
     if let Some(backing) = &how.backing {
         open = open.backing(&backing.path, backing.format);
     }
     let disk = open
-        .open(&spec.path)
+        .open_disk(&spec.path)
         .map_err(|error| explain(&error, &spec.path, persona))?;
     if spec.format.is_none() && disk.format() == Format::Raw && !how.read_only {
         warn_of_guess(&spec.path);
@@ -235,9 +257,11 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
         options.take("backing.file.filename"),
     );
     options.take("backing.file.driver");
-    if let (driver, Some(path)) = backing {
+    if let (driver, Some(path)) = backing.clone() {
         let format = driver.map(|driver| named_format(&driver)).transpose()?;
         how.backing = Some(ImageSpec::plain(path, format));
+    } else if let (Some(driver), None) = backing {
+        how.backing_format = Some(named_format(&driver)?);
     } else if options.take("backing").is_some_and(|name| name.is_empty()) {
         how.no_backing = true;
     }
@@ -291,6 +315,12 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
             }
             None => format!("Could not open backing file: {below}"),
         };
+    }
+    if persona.is_qemu()
+        && let Some(named) = error.message().strip_prefix("backing file format: \"")
+    {
+        let driver = named.split('"').next().unwrap_or_default();
+        return format!("Could not open backing file: Unknown driver '{driver}'");
     }
     let text = match of_host {
         Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),

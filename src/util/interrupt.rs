@@ -5,6 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use block::ErrorKind;
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     flag,
@@ -22,6 +23,16 @@ pub(crate) fn watch() {
         let _ = flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stop));
         let _ = flag::register(signal, Arc::clone(stop));
     }
+}
+
+/// [`check`] for work of the library: what it returns ends the work.
+pub(crate) fn stop() -> block::Result<()> {
+    check().map_err(|_| block::Error::new(ErrorKind::Cancelled))
+}
+
+/// The failure that stands for an error of [`stop`].
+pub(crate) fn failure(error: &block::Error) -> Option<Failure> {
+    (error.kind() == ErrorKind::Cancelled).then(check)?.err()
 }
 
 /// Fails once a signal was noted.

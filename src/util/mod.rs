@@ -9,5 +9,6 @@ pub(crate) mod keyval;
 pub(crate) mod out;
 pub(crate) mod persona;
 pub(crate) mod progress;
+pub(crate) mod rate;
 pub(crate) mod size;
 pub(crate) mod snapshots;

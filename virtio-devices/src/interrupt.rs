@@ -27,3 +27,17 @@ pub trait Interrupt: Send + Sync {
         let _ = self.signal_config();
     }
 }
+
+/// Interrupts of a PCI function as its device model sees them: a message for each vector (MSI-X,
+/// MSI), and one level-triggered line (INTx). The transport knows which of the two the guest has
+/// enabled.
+pub trait VectorInterrupt: Send + Sync {
+    /// Sends the message of a vector. A vector that is masked stays pending with the transport.
+    ///
+    /// # Errors
+    /// What the host says. The device counts it and goes on.
+    fn signal(&self, vector: u16) -> io::Result<()>;
+
+    /// Raises or lowers the line; called on changes only.
+    fn set_level(&self, asserted: bool);
+}

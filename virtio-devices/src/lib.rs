@@ -15,9 +15,11 @@ pub mod ahci;
 pub mod ata;
 mod error;
 pub mod histogram;
+mod identity;
 mod interrupt;
 mod memory;
 pub mod mmc;
+pub mod nvme;
 pub mod stats;
 pub mod testing;
 pub mod virtio;
@@ -25,5 +27,5 @@ pub mod virtio_blk;
 pub mod worker;
 
 pub use error::{Error, Result};
-pub use interrupt::Interrupt;
+pub use interrupt::{Interrupt, VectorInterrupt};
 pub use memory::MemorySource;

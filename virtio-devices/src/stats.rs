@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::histogram::{Histogram, SharedHistogram, add};
 
 /// What a guest asked for, in the words that all devices share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Op {
     /// Bytes from the disk.
@@ -19,6 +19,7 @@ pub enum Op {
     /// The range reads as zeroes.
     WriteZeroes,
     /// Everything that does not touch the disk, and everything invalid.
+    #[default]
     Other,
 }
 

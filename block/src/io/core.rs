@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use super::{Host, HostFile, Pool, driver::Eof, pins::Pins, ranges::RangeTable};
+use super::{Host, HostFile, Pool, operation::Eof, pins::Pins, ranges::RangeTable};
 use crate::sync::Coalescer;
 use crate::{FileId, Result};
 

@@ -7,147 +7,25 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::Future,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     pin::{Pin, pin},
-    ptr,
     rc::{Rc, Weak},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, Wake, Waker},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use super::{
-    AlignedBuf, Engine, EngineFile, FallocateMode, HostOp, MemoryRegions, Segments, Started, Token,
-    buffers,
+    AlignedBuf, Engine, EngineFile, MemoryRegions, Started, Token,
+    operation::{NewOp, Op, Owner, RequestSink},
     slab::{Key, Slab},
+    wake::{CURRENT, RootWaker, TaskWaker, WakeQueue},
 };
 use crate::sync::lock;
 use crate::{Error, ErrorKind, Result, sync::LocalFuture};
-
-/// Retries of one operation that was interrupted without progress before it is given up.
-const MAX_INTERRUPTIONS: u32 = 10_000;
-
-/// What a read does at the end of the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Eof {
-    /// What is missing reads as zeroes: data clusters and backing images.
-    Zeroes,
-    /// What is missing is an error: tables, and raw data inside the declared size.
-    Error,
-}
-
-/// What an operation does, with what is needed to go on after a short transfer.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum OpKind {
-    Read { eof: Eof },
-    Write { dsync: bool },
-    Sync,
-    Fallocate { mode: FallocateMode, len: u64 },
-    Timer { after: Duration },
-    PollReadable { fd: i32 },
-}
-
-/// Who waits for an operation.
-pub(crate) enum Owner {
-    /// A future; its waker once it was polled.
-    Future(Option<Waker>),
-    /// A request that hit the map: queue and slot.
-    Request { queue: Key, slot: Key },
-    /// A watch of a queue.
-    Watch { queue: Key, id: u64 },
-    /// Nobody any more; the operation still owns its buffer.
-    Detached,
-}
-
-/// An operation to start.
-pub(crate) struct NewOp {
-    pub(crate) kind: OpKind,
-    pub(crate) file: EngineFile,
-    pub(crate) offset: u64,
-    pub(crate) segments: Segments,
-    /// The unit that direct I/O on the file moves; 1 for buffered.
-    pub(crate) unit: u32,
-    /// Memory of the segments, where the operation owns it.
-    pub(crate) buffer: Option<AlignedBuf>,
-}
-
-struct Op {
-    new: NewOp,
-    total: u64,
-    done: u64,
-    interruptions: u32,
-    owner: Owner,
-    result: Option<Result<(), ErrorKind>>,
-}
-
-/// Receives the end of operations that requests started without a task.
-pub(crate) trait RequestSink {
-    /// An operation of the request in `slot` ended.
-    fn operation_ended(&self, slot: Key, result: Result<(), ErrorKind>);
-    /// A watched descriptor became readable, or could not be watched.
-    fn watch_fired(&self, id: u64, result: Result<(), ErrorKind>);
-}
-
-/// Tasks to poll, pushed from any thread.
-struct WakeQueue {
-    list: Mutex<Vec<Key>>,
-    signalled: AtomicBool,
-    notifier: OwnedFd,
-}
-
-thread_local! {
-    /// The wake queue whose turn runs on this thread: it needs no signal.
-    static CURRENT: Cell<*const WakeQueue> = const { Cell::new(ptr::null()) };
-}
-
-impl WakeQueue {
-    fn signal(&self) {
-        if CURRENT.get() == ptr::from_ref(self) || self.signalled.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        super::fsinfo::write_eventfd(self.notifier.as_raw_fd());
-    }
-}
-
-struct TaskWaker {
-    key: Key,
-    /// The task is listed and was not polled since: however many wake it, it is polled once.
-    listed: AtomicBool,
-    queue: Arc<WakeQueue>,
-}
-
-impl Wake for TaskWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if self.listed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        lock(&self.queue.list).push(self.key);
-        self.queue.signal();
-    }
-}
-
-struct RootWaker {
-    woken: AtomicBool,
-    queue: Arc<WakeQueue>,
-}
-
-impl Wake for RootWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.woken.store(true, Ordering::Release);
-        self.queue.signal();
-    }
-}
 
 struct Task {
     /// `None` while it is being polled.
@@ -289,31 +167,13 @@ impl Driver {
     /// Starts an operation. Its memory must stay valid until it ended: it is either the operation's
     /// own buffer, or the owner keeps it (a request its buffers; [`OpFuture`] waits when dropped).
     pub(crate) fn start(&self, new: NewOp, owner: Owner) -> Key {
-        let total = new
-            .segments
-            .iter()
-            .map(|segment| segment.len() as u64)
-            .sum();
         let spare = self.spare.borrow_mut().pop();
         let boxed = match spare {
             Some(mut op) => {
-                // Field by field: an operation is large, and this way it is copied once.
-                op.new = new;
-                op.total = total;
-                op.done = 0;
-                op.interruptions = 0;
-                op.owner = owner;
-                op.result = None;
+                op.renew(new, owner);
                 op
             }
-            None => Box::new(Op {
-                new,
-                total,
-                done: 0,
-                interruptions: 0,
-                owner,
-                result: None,
-            }),
+            None => Box::new(Op::new(new, owner)),
         };
         let key = self.ops.borrow_mut().insert(boxed);
         if self.backlog.borrow().is_empty() {
@@ -334,33 +194,13 @@ impl Driver {
                 let Some(op) = ops.get_mut(key) else {
                     return true;
                 };
-                let file = op.new.file;
-                let offset = op.new.offset.wrapping_add(op.done);
-                let host_op = match op.new.kind {
-                    OpKind::Read { .. } => HostOp::Read {
-                        file,
-                        offset,
-                        segments: &op.new.segments,
-                    },
-                    OpKind::Write { dsync } => HostOp::Write {
-                        file,
-                        offset,
-                        segments: &op.new.segments,
-                        dsync,
-                    },
-                    OpKind::Sync => HostOp::Sync { file },
-                    OpKind::Fallocate { mode, len } => HostOp::Fallocate {
-                        file,
-                        mode,
-                        offset,
-                        len,
-                    },
-                    OpKind::Timer { after } => HostOp::Timer { after },
-                    OpKind::PollReadable { fd } => HostOp::PollReadable { fd },
-                };
                 // SAFETY: the operation is boxed and stays in the slab until the engine reported
                 // it; it owns its buffer, or its owner keeps the memory until then.
-                unsafe { self.engine.borrow_mut().start(Token(key.to_u64()), host_op) }
+                unsafe {
+                    self.engine
+                        .borrow_mut()
+                        .start(Token(key.to_u64()), op.rest())
+                }
             };
             match started {
                 Started::Full => return false,
@@ -384,7 +224,7 @@ impl Driver {
             debug_assert!(false, "the engine reported an operation twice");
             return true;
         };
-        let Some(result) = advance(op, raw) else {
+        let Some(result) = op.advance(raw) else {
             return false;
         };
         match std::mem::replace(&mut op.owner, Owner::Detached) {
@@ -602,43 +442,6 @@ impl Driver {
     /// Operations in flight.
     pub(crate) fn operations(&self) -> usize {
         self.ops.borrow().len()
-    }
-}
-
-/// Takes an engine's result into account; `None` when the operation must go on.
-fn advance(op: &mut Op, raw: i32) -> Option<Result<(), ErrorKind>> {
-    let Ok(moved) = u32::try_from(raw) else {
-        let errno = raw.wrapping_neg();
-        if (errno == libc::EINTR || errno == libc::EAGAIN) && op.interruptions < MAX_INTERRUPTIONS {
-            op.interruptions += 1;
-            return None;
-        }
-        // A timer that ran out says so with an error.
-        if matches!(op.new.kind, OpKind::Timer { .. }) && errno == libc::ETIME {
-            return Some(Ok(()));
-        }
-        return Some(Err(ErrorKind::from_errno(errno)));
-    };
-    let eof = match op.new.kind {
-        OpKind::Read { eof } => Some(eof),
-        OpKind::Write { .. } => None,
-        _ => return Some(Ok(())),
-    };
-    op.done += u64::from(moved);
-    if op.done >= op.total {
-        return Some(Ok(()));
-    }
-    // Direct I/O that stopped inside a unit has met the end of the file.
-    let at_end = moved == 0 || !op.done.is_multiple_of(u64::from(op.new.unit.max(1)));
-    buffers::advance(&mut op.new.segments, u64::from(moved));
-    match eof {
-        Some(Eof::Zeroes) if at_end => {
-            buffers::zero(&op.new.segments);
-            Some(Ok(()))
-        }
-        Some(Eof::Error) if at_end => Some(Err(ErrorKind::ShortTransfer)),
-        None if moved == 0 => Some(Err(ErrorKind::Io(libc::EIO))),
-        _ => None,
     }
 }
 

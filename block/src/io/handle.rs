@@ -14,7 +14,8 @@ use std::{
 use super::{
     AlignedBuf, EngineFile, FallocateMode, Segment, Segments, buffers,
     core::{DiskCore, FileEntry},
-    driver::{Driver, Eof, NewOp, OpKind},
+    driver::Driver,
+    operation::{Eof, NewOp, OpKind},
     pins::QueuePins,
 };
 use crate::sync::{join_all, lock};

@@ -17,6 +17,7 @@ mod file_options;
 mod fsinfo;
 mod handle;
 mod loan;
+mod operation;
 mod os_host;
 mod pins;
 mod pool;
@@ -27,6 +28,7 @@ mod slab;
 mod sys;
 mod uring_memory;
 mod uring_setup;
+mod wake;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};
 pub use buffers::{AlignedBuf, BUFFER_ALIGNMENT, Buffers, Segment, Segments};
@@ -46,13 +48,16 @@ pub use pool::Pool;
 pub use regions::MemoryRegions;
 
 pub(crate) use self::core::DiskCore;
+pub(crate) use buffers::{gather, part_of, scatter};
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
-pub(crate) use driver::{Driver, Eof, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use driver::Driver;
 pub(crate) use handle::{FileView, is_aligned};
 pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
+pub(crate) use operation::{Eof, NewOp, OpKind, Owner, RequestSink};
 pub(crate) use pins::{Drained, Pin};
+pub(crate) use ranges::RangeTable;
 pub(crate) use slab::{Key, Slab};
-pub(crate) use sys::Notifier;
+pub(crate) use sys::{Notifier, thread_time};

@@ -13,14 +13,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     drive::{Device, Drive},
-    interrupt::{HbaInterrupt, Irq},
+    interrupt::Irq,
     port::Port,
     queue::{PortQueue, PortWorker},
     regs::{self, cap, ghc},
     tray::TrayListener,
 };
 use crate::{
-    Error, MemorySource, Result,
+    Error, MemorySource, Result, VectorInterrupt,
     ata::{AtaDisk, AtapiDrive, DiskConfig},
     mmc::{MmcConfig, MmcDrive},
     stats::QueueStats,
@@ -173,8 +173,9 @@ impl Hba {
         end.next_multiple_of(4096)
     }
 
-    /// Where interrupts go from now on.
-    pub fn set_interrupt(&self, sink: Arc<dyn HbaInterrupt>) {
+    /// Where interrupts go from now on: the line, and the message of vector 0. It is called with
+    /// locks of the HBA held and must not call back into it.
+    pub fn set_interrupt(&self, sink: Arc<dyn VectorInterrupt>) {
         self.shared.irq().set_sink(sink);
     }
 

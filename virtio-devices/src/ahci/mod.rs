@@ -25,9 +25,10 @@ mod post;
 mod queue;
 pub mod regs;
 mod slot;
+mod state;
 mod tray;
 
 pub use hba::{Hba, HbaConfig, OpticalConfig, Quirks};
-pub use interrupt::HbaInterrupt;
 pub use queue::{PortQueue, PortWorker};
+pub use state::{HbaState, STATE_VERSION};
 pub use tray::TrayListener;

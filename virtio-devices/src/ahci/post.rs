@@ -167,6 +167,7 @@ impl<S: MemorySource> PortQueue<S> {
             }
             return Ok(());
         }
+        port.regs.tfd = fis::task_file_data(registers);
         let window = &mut guest.control;
         let count = (slot.bytes as u32).to_le_bytes();
         command::store(window, slot.count_at.0, &count)?;
@@ -195,7 +196,6 @@ impl<S: MemorySource> PortQueue<S> {
             command::store(window, area.wrapping_add(fis::REGISTER_AT), &fis)?;
             port.regs.is |= is::DHRS;
         }
-        port.regs.tfd = fis::task_file_data(registers);
         port.regs.ci &= !(1 << index);
         Ok(())
     }
@@ -231,6 +231,10 @@ impl<S: MemorySource> PortQueue<S> {
     ) -> Result<(), Fault> {
         let slot = &self.slots[index as usize];
         let (area, window) = (port.regs.fb, &mut guest.control);
+        port.regs.is |= is::TFES;
+        port.regs.tfd = fis::task_file_data(registers);
+        port.regs.halted = true;
+        port.orphan();
         if slot.queued
             && let Some(drive) = &mut port.drive
         {
@@ -253,10 +257,6 @@ impl<S: MemorySource> PortQueue<S> {
             command::store(window, area.wrapping_add(fis::REGISTER_AT), &fis)?;
             port.regs.is |= is::DHRS;
         }
-        port.regs.is |= is::TFES;
-        port.regs.tfd = fis::task_file_data(registers);
-        port.regs.halted = true;
-        port.orphan();
         Ok(())
     }
 }

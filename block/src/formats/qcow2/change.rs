@@ -72,26 +72,119 @@ impl Qcow2 {
         } else {
             range.end() / size
         };
-        if self.geometry.in_cluster(range.start.0) != 0 || end <= first {
-            // A part of a cluster that is zero already needs nothing.
-            let part = self.until(range, first + 1);
-            let entry = self.entry(io, first).await?;
-            return Ok(if self.reads_zero(entry, first) {
-                part.len
-            } else {
-                0
-            });
-        }
-        if !self.geometry.zero_flag {
-            return Ok(0);
-        }
         let becomes = if may_unmap {
             Becomes::ZeroUnmapped
         } else {
             Becomes::ZeroKept
         };
+        if self.geometry.in_cluster(range.start.0) != 0 || end <= first {
+            let part = self.until(range, first + 1);
+            return self.zero_part(io, first, part, becomes).await;
+        }
+        if !self.geometry.zero_flag {
+            return Ok(0);
+        }
         self.change_clusters(io, first, end, becomes).await?;
         Ok(self.until(range, end).len)
+    }
+
+    /// Makes a part of a cluster zero where the rest of it reads as zeroes without data of its own: then
+    /// the whole cluster can say so. Returns the bytes done.
+    async fn zero_part(
+        &self,
+        io: &Io,
+        cluster: u64,
+        part: GuestRange,
+        becomes: Becomes,
+    ) -> Result<u64> {
+        let entry = self.entry(io, cluster).await?;
+        let without_data = matches!(entry, Entry::Unallocated | Entry::Zero { .. });
+        if !without_data {
+            return Ok(0);
+        }
+        if !self.geometry.zero_flag {
+            return Ok(if self.reads_zero(entry, cluster) {
+                part.len
+            } else {
+                0
+            });
+        }
+        if entry == Entry::Unallocated && !self.rest_below_is_zero(io, cluster, part).await? {
+            return Ok(0);
+        }
+        {
+            // A write may have come in between: only what is still without data is changed.
+            let _claim = self.claims.claim(cluster, cluster + 1).await;
+            let slice = self.l2_slice_for_change(io, cluster).await?;
+            let change = slice.change();
+            let place = self.geometry.in_slice(cluster);
+            let raw = change.get(place);
+            let now = decode(raw, cluster, &self.geometry)?;
+            if !matches!(now, Entry::Unallocated | Entry::Zero { .. }) {
+                return Ok(0);
+            }
+            if let Some((after, punch)) = self.changed_entry(raw, now, cluster, becomes) {
+                self.set_entry(&slice, &change, place, after);
+                if let Some(punch) = punch {
+                    self.unlink(now, punch);
+                }
+            }
+        }
+        Ok(part.len)
+    }
+
+    /// Whether the backing chain is known to read as zeroes in what `part` leaves of a cluster.
+    async fn rest_below_is_zero(&self, io: &Io, cluster: u64, part: GuestRange) -> Result<bool> {
+        let Some(backing) = &self.backing else {
+            return Ok(true);
+        };
+        let start = self.geometry.start(cluster);
+        let end = start + self.geometry.cluster_size();
+        for (from, to) in [(start, part.start.0), (part.end(), end)] {
+            let mut range = self.in_backing(GuestRange::new(from, to - from));
+            while range.len > 0 {
+                let status = backing.block_status(io, range).await?;
+                if !status.zero {
+                    return Ok(false);
+                }
+                range = range.skip(status.len.clamp(1, range.len));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Unallocates every cluster: the disk shows the backing file alone. No request is in flight.
+    pub(super) async fn empty_clusters(&self, io: &Io) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        let size = self.size.load(Ordering::Acquire);
+        let end = size.div_ceil(self.geometry.cluster_size());
+        self.change_clusters(io, 0, end, Becomes::Gone).await?;
+        self.settle(io).await
+    }
+
+    /// Names another backing file in the header. No request is in flight.
+    pub(super) async fn name_backing(
+        &self,
+        io: &Io,
+        name: Option<&str>,
+        format: Option<&str>,
+    ) -> Result<()> {
+        if !self.writable {
+            return Err(read_only());
+        }
+        let mut header = lock(&self.header).clone();
+        header.set_backing(name.map(str::as_bytes), format)?;
+        // Fits before anything is written, and what the new chain relies on is durable.
+        header.to_bytes()?;
+        self.settle(io).await?;
+        // Flushing may have moved the reference count table.
+        let mut header = lock(&self.header).clone();
+        header.set_backing(name.map(str::as_bytes), format)?;
+        header.write(io, self.file).await?;
+        *lock(&self.header) = header;
+        Ok(())
     }
 
     /// Forgets clusters that are not part of the disk.
@@ -137,8 +230,9 @@ impl Qcow2 {
                 ),
                 rest,
             );
-            // Nothing there, and nothing below: all of the table's range is as it should be.
-            if becomes == Becomes::Gone || self.in_backing(run).len == 0 {
+            // Nothing there, and nothing below to hide: all of the table's range is as it should be.
+            let forgotten = matches!(becomes, Becomes::Gone | Becomes::Discarded);
+            if becomes == Becomes::Gone || (forgotten && self.in_backing(run).len == 0) {
                 return Ok(rest);
             }
         }
@@ -171,9 +265,10 @@ impl Qcow2 {
         match (becomes, before) {
             (Becomes::Gone, Entry::Unallocated) => None,
             (Becomes::Gone, _) => Some((0, Some(Punch::Yes))),
-            // What has no cluster and reads as zeroes stays.
+            // What has no cluster and reads as zeroes stays; where zeroes were asked for the entry says
+            // so, whatever the backing file is some day.
             (_, Entry::Zero { host: None, .. }) => None,
-            (_, Entry::Unallocated) if nothing_below => None,
+            (Becomes::Discarded, Entry::Unallocated) if nothing_below => None,
             (_, Entry::Unallocated) => Some((ZERO, None)),
             (
                 Becomes::ZeroKept,

@@ -13,8 +13,10 @@ use super::{
 use crate::{
     Error, GuestRange, Result,
     codec::{self, DEFAULT_INFLATE, Inflate},
+    encryption::Place,
     image::{ExtentKind, Extents},
     io::{AlignedBuf, Buffers, Io},
+    serve,
     sync::{Notify, lock},
 };
 
@@ -229,6 +231,22 @@ impl Qcow2 {
                     ExtentKind::Data { file, offset } => {
                         let segments = buffers.part(at, extent.len);
                         io.read_segments(file, offset.0, segments).await?;
+                    }
+                    ExtentKind::Encrypted {
+                        depth,
+                        file,
+                        offset,
+                    } => {
+                        let place = Place {
+                            file,
+                            host: offset,
+                            guest: part.start.0,
+                        };
+                        let segments = buffers.part(at, extent.len);
+                        let holder = serve::image_at(self, u32::from(depth))?;
+                        serve::encryption_of(holder)?
+                            .read(io, place, segments)
+                            .await?;
                     }
                     ExtentKind::Zero => buffers.fill_zero(at, extent.len),
                     // A cluster does not become compressed while requests are in flight, except by

@@ -2,10 +2,13 @@
 //! blocks, L1 table; with preallocation L2 tables and data clusters follow.
 
 use super::header::{
-    Compatible, CompressionType, ExtensionType, Header, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE,
+    Compatible, CompressionType, CryptMethod, ExtensionType, Header, MAX_L1_SIZE,
+    MAX_REFCOUNT_TABLE_SIZE,
 };
 use crate::{
     Error, FileId, Result,
+    crypto::{Secret, luks::LuksOptions},
+    formats::luks::volume::Volume,
     io::{AlignedBuf, FallocateMode, Io},
 };
 
@@ -37,6 +40,20 @@ impl Preallocation {
     }
 }
 
+/// How a new image is encrypted.
+#[derive(Clone, Debug)]
+pub enum Encrypt {
+    /// The legacy method, AES-128-CBC. Its key is the password, of which a new image knows nothing.
+    Aes,
+    /// LUKS.
+    Luks {
+        /// How.
+        options: LuksOptions,
+        /// The password of the first key slot.
+        secret: Secret,
+    },
+}
+
 /// What a new image should be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -62,8 +79,8 @@ pub struct CreateOptions {
     pub extended_l2: bool,
     /// Refused for now: an external data file of that name.
     pub data_file: Option<String>,
-    /// Refused for now: encryption by that method.
-    pub encrypt: Option<String>,
+    /// How guest data is encrypted.
+    pub encrypt: Option<Encrypt>,
 }
 
 impl Default for CreateOptions {
@@ -104,8 +121,8 @@ impl CreateOptions {
         if self.data_file.is_some() {
             return refuse("external data file");
         }
-        if let Some(method) = &self.encrypt {
-            return refuse(&format!("{method} encryption"));
+        if let Some(Encrypt::Luks { options, .. }) = &self.encrypt {
+            options.check()?;
         }
         if !(2..=3).contains(&self.version) {
             return invalid(
@@ -159,6 +176,8 @@ struct Layout {
     blocks: u64,
     l1_at: u64,
     l1_entries: u64,
+    /// The LUKS header.
+    crypto_at: u64,
     l2_at: u64,
     l2_tables: u64,
     data_at: u64,
@@ -167,7 +186,7 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(header: &Header, preallocate: bool) -> Result<Self> {
+    fn new(header: &Header, crypto_len: u64, preallocate: bool) -> Result<Self> {
         let too_large = || {
             Error::invalid_argument(
                 "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
@@ -179,6 +198,7 @@ impl Layout {
             return Err(too_large());
         }
         let l1_clusters = (l1_entries * 8).div_ceil(cluster_size);
+        let crypto_clusters = crypto_len.div_ceil(cluster_size);
         let (l2_tables, data_clusters) = if preallocate {
             (l1_entries, header.size.div_ceil(cluster_size))
         } else {
@@ -188,7 +208,8 @@ impl Layout {
         let block_bits = header.refcount_block_bits();
         let (mut table_clusters, mut blocks) = (1, 1);
         let end = loop {
-            let end = 1 + table_clusters + blocks + l1_clusters + l2_tables + data_clusters;
+            let tables = 1 + table_clusters + blocks + l1_clusters + crypto_clusters + l2_tables;
+            let end = tables + data_clusters;
             let needed_blocks = end.div_ceil(1 << block_bits);
             let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
             if needed_blocks <= blocks && needed_table <= table_clusters {
@@ -201,7 +222,8 @@ impl Layout {
             }
         };
         let l1_at = 1 + table_clusters + blocks;
-        let l2_at = l1_at + l1_clusters;
+        let crypto_at = l1_at + l1_clusters;
+        let l2_at = crypto_at + crypto_clusters;
         // Descriptors hold 56 bits of offset.
         if end > 1 << (56 - header.cluster_bits) {
             return Err(too_large());
@@ -213,6 +235,7 @@ impl Layout {
             blocks,
             l1_at,
             l1_entries,
+            crypto_at,
             l2_at,
             l2_tables,
             data_at: l2_at + l2_tables,
@@ -272,7 +295,12 @@ pub async fn create(io: &Io, file: FileId, options: &CreateOptions) -> Result<()
         // Says "no space" where a block device is too small.
         io.set_len(file, end).await?;
     }
-    write_tables(io, file, &layout, was_empty).await?;
+    let zero = prealloc_flag(options);
+    write_tables(io, file, &layout, zero, was_empty).await?;
+    if let Some(Encrypt::Luks { options, secret }) = &options.encrypt {
+        let at = layout.offset(layout.crypto_at);
+        Volume::create(io, file, at, *options, secret).await?;
+    }
     reserve_data(io, file, &layout, options.preallocation, was_empty).await?;
     io.sync(file).await?;
     let mut bytes = header.to_bytes()?;
@@ -304,7 +332,24 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
         options.backing_file.as_deref(),
         options.backing_format.as_deref(),
     )?;
-    let layout = Layout::new(&header, options.preallocation != Preallocation::Off)?;
+    let crypto_len = match &options.encrypt {
+        None => 0,
+        Some(Encrypt::Aes) => {
+            header.crypt_method = CryptMethod::Aes;
+            0
+        }
+        Some(Encrypt::Luks { options, .. }) => {
+            header.crypt_method = CryptMethod::Luks;
+            options.header_len()
+        }
+    };
+    let preallocate = options.preallocation != Preallocation::Off;
+    let layout = Layout::new(&header, crypto_len, preallocate)?;
+    if crypto_len > 0 {
+        let at = layout.offset(layout.crypto_at);
+        let extension = [at.to_be_bytes(), crypto_len.to_be_bytes()].concat();
+        header.set_extension(ExtensionType::CRYPTO_HEADER, Some(extension));
+    }
     // Both fit: the tables are bounded.
     header.l1_size = layout.l1_entries as u32;
     header.l1_table_offset = layout.offset(layout.l1_at);
@@ -321,7 +366,19 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
     Ok((header, layout))
 }
 
-async fn write_tables(io: &Io, file: FileId, layout: &Layout, was_empty: bool) -> Result<()> {
+/// The zero flag for preallocated clusters of an encrypted image: the zeroes that they have in the
+/// file are no ciphertext of zeroes. Version 2 has no such flag.
+fn prealloc_flag(options: &CreateOptions) -> u64 {
+    u64::from(options.encrypt.is_some() && options.version >= 3)
+}
+
+async fn write_tables(
+    io: &Io,
+    file: FileId,
+    layout: &Layout,
+    flag: u64,
+    was_empty: bool,
+) -> Result<()> {
     let cluster_size = 1usize << layout.cluster_bits;
     let mut out = TableWriter {
         io,
@@ -392,7 +449,7 @@ async fn write_tables(io: &Io, file: FileId, layout: &Layout, was_empty: bool) -
 
     out.at = layout.offset(layout.l2_at);
     for cluster in 0..layout.data_clusters {
-        let entry = layout.offset(layout.data_at + cluster) | COPIED;
+        let entry = layout.offset(layout.data_at + cluster) | COPIED | flag;
         out.put(&entry.to_be_bytes()).await?;
     }
     let written = layout.data_clusters as usize * 8;

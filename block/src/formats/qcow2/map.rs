@@ -121,15 +121,22 @@ impl Qcow2 {
     /// Appends the extent of an allocated cluster.
     fn push(&self, entry: Entry, part: GuestRange, out: &mut Extents) {
         match entry {
-            Entry::Data { host, .. } => out.push(
-                part.len,
-                ExtentKind::Data {
-                    file: self.file,
-                    offset: HostOffset(host + self.geometry.in_cluster(part.start.0)),
-                },
-            ),
+            Entry::Data { host, .. } => self.push_data(host, part, out),
             Entry::Compressed(_) => out.push_opaque(part.len),
             Entry::Zero { .. } | Entry::Unallocated => out.push(part.len, ExtentKind::Zero),
+        }
+    }
+
+    /// Appends a part of the data cluster at `host`.
+    fn push_data(&self, host: u64, part: GuestRange, out: &mut Extents) {
+        let (file, offset) = (
+            self.file,
+            HostOffset(host + self.geometry.in_cluster(part.start.0)),
+        );
+        if self.crypt.encryption.is_some() {
+            out.push_encrypted(part.len, file, offset);
+        } else {
+            out.push(part.len, ExtentKind::Data { file, offset });
         }
     }
 
@@ -171,14 +178,7 @@ impl Qcow2 {
                 break;
             };
             let part = self.until(run, cluster + 1);
-            let offset = HostOffset(host + self.geometry.in_cluster(part.start.0));
-            out.push(
-                part.len,
-                ExtentKind::Data {
-                    file: self.file,
-                    offset,
-                },
-            );
+            self.push_data(host, part, out);
             run = run.skip(part.len);
         }
         Ok(out.len() - before)
@@ -324,7 +324,10 @@ impl Qcow2 {
                 len += self.until(run.skip(len), next + 1).len;
             }
         }
-        let offset = host_of(entry).map(|host| HostOffset(host + in_cluster));
+        // What lies there encrypted is not what the guest sees.
+        let offset = host_of(entry)
+            .filter(|_| self.crypt.encryption.is_none())
+            .map(|host| HostOffset(host + in_cluster));
         Ok(BlockStatus {
             len,
             zero: matches!(entry, Entry::Zero { .. }),

@@ -7,10 +7,12 @@
 //! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
 //!   the disk.
+//! * `crypt`: encryption.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 //! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
 //!   dirty bitmaps. `extras`: all three on an opened image.
 
+pub mod amend;
 mod bitmaps;
 mod change;
 pub mod check;
@@ -18,6 +20,7 @@ mod claims;
 mod compressed;
 mod counts;
 pub mod create;
+mod crypt;
 mod extras;
 mod flush;
 pub mod header;
@@ -38,12 +41,14 @@ use std::sync::{
 };
 
 use self::{
-    bitmaps::Bitmaps, claims::Claims, compressed::Decompressed, flush::Pending, header::Header,
-    info::image_info, l2::Geometry, refcount::Refcounts, slices::SliceCache,
+    bitmaps::Bitmaps, claims::Claims, compressed::Decompressed, crypt::Crypt, flush::Pending,
+    header::Header, info::image_info, l2::Geometry, refcount::Refcounts, slices::SliceCache,
     snapshot::SnapshotTable, tables::L1,
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
+    crypto::{KeyChange, Unlock},
+    encryption::Encryption,
     extras::ImageExtras,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
@@ -55,12 +60,14 @@ use crate::{
 const DECOMPRESSED_CACHE_BYTES: u64 = 4 << 20;
 
 /// How to open a qcow2 image.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Qcow2Options {
     /// Open for writing.
     pub(crate) writable: bool,
     /// The most bytes of tables kept in memory.
     pub(crate) metadata_cache_size: u64,
+    /// What opens an encrypted image.
+    pub(crate) unlock: Unlock,
 }
 
 /// An opened qcow2 image.
@@ -85,6 +92,7 @@ pub(crate) struct Qcow2 {
     pending: Pending,
     flushing: Coalescer,
     decompressed: Decompressed,
+    crypt: Crypt,
 }
 
 impl Qcow2 {
@@ -97,6 +105,8 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        // Before anything is changed: the key may be wrong.
+        let crypt = Crypt::open(io, file, &header, &options.unlock).await?;
         if options.writable {
             repair::repair_dirty(io, file, &mut header).await?;
         }
@@ -142,6 +152,7 @@ impl Qcow2 {
                 geometry,
                 header.compression_type(),
             ),
+            crypt,
             snapshots: Mutex::new(snapshots),
             bitmaps,
             header: Mutex::new(header),
@@ -204,15 +215,21 @@ impl Image for Qcow2 {
     }
 
     fn info(&self) -> ImageInfo {
-        image_info(
+        let mut info = image_info(
             &lock(&self.header),
             &lock(&self.snapshots),
             &self.bitmaps.entries(),
-        )
+        );
+        self.crypt.describe(&mut info);
+        info
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {
         self.backing.as_ref()
+    }
+
+    fn encryption(&self) -> Option<&Arc<Encryption>> {
+        self.crypt.encryption.as_ref()
     }
 
     fn data_file(&self) -> FileId {
@@ -305,6 +322,23 @@ impl Image for Qcow2 {
         data: &'a [u8],
     ) -> LocalFuture<'a, Result<bool>> {
         Box::pin(self.write_compressed_cluster(io, range, data))
+    }
+
+    fn change_keys<'a>(&'a self, io: &'a Io, change: &'a KeyChange) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.crypt.change_keys(io, change))
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        io: &'a Io,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.name_backing(io, name, format))
+    }
+
+    fn make_empty<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {
+        Box::pin(self.empty_clusters(io))
     }
 
     fn extras(&self) -> Option<&dyn ImageExtras> {

@@ -626,7 +626,7 @@ impl Refcounts {
 }
 
 /// Reads a count of `1 << order` bits.
-fn read_count(bytes: &[u8], order: u32, index: u64) -> u64 {
+pub(super) fn read_count(bytes: &[u8], order: u32, index: u64) -> u64 {
     let index = index as usize;
     if order < 3 {
         let width = 1usize << order;
@@ -641,7 +641,7 @@ fn read_count(bytes: &[u8], order: u32, index: u64) -> u64 {
 }
 
 /// Writes a count of `1 << order` bits.
-fn write_count(bytes: &mut [u8], order: u32, index: u64, count: u64) {
+pub(super) fn write_count(bytes: &mut [u8], order: u32, index: u64, count: u64) {
     let index = index as usize;
     if order < 3 {
         let width = 1usize << order;

@@ -101,12 +101,16 @@ impl Snapshot {
         self.extra.len() >= 16
     }
 
-    /// Adds the extra data that version 3 demands, for a disk of `disk_size` bytes.
+    /// Adds the extra data that version 3 demands, for a disk of `disk_size` bytes, and what QEMU adds:
+    /// the word that there is no instruction count.
     pub fn complete(&mut self, disk_size: u64) {
         let vm_state_size = self.vm_state_size();
         if !self.is_complete() {
             self.extra.resize(16, 0);
             self.extra[8..16].copy_from_slice(&disk_size.to_be_bytes());
+        }
+        if self.extra.len() < 24 {
+            self.set_icount(None);
         }
         self.extra[..8].copy_from_slice(&vm_state_size.to_be_bytes());
     }

@@ -131,8 +131,8 @@ impl Qcow2 {
         };
         let fill_zero = (head == 0 || self.reads_zero(read(first)?, first))
             && (tail == 0 || self.reads_zero(read(last)?, last));
-        // The file has zeroes already where nothing was ever written.
-        let (head, tail) = if fill_zero && virgin {
+        // The file has zeroes already where nothing was ever written; encrypted zeroes it has not.
+        let (head, tail) = if fill_zero && virgin && self.crypt.encryption.is_none() {
             (0, 0)
         } else {
             (head, tail)
@@ -206,6 +206,11 @@ impl Qcow2 {
     ) -> Result<bool> {
         if !self.writable {
             return Err(read_only());
+        }
+        if self.crypt.encryption.is_some() {
+            return Err(crate::Error::unsupported(
+                "Compression and encryption not supported at the same time",
+            ));
         }
         let size = self.geometry.cluster_size();
         let whole = data.len() as u64 == size || range.end() == self.disk_size();

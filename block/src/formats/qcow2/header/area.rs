@@ -69,7 +69,9 @@ pub(super) fn parse_extensions(
         if kind == ExtensionType::END {
             break;
         }
-        if kind.is_known() && extensions.iter().any(|known| known.kind == kind) {
+        // QEMU has written a second backing format where its own tools added one; the last one counts.
+        let may_repeat = kind == ExtensionType::BACKING_FORMAT;
+        if kind.is_known() && !may_repeat && extensions.iter().any(|known| known.kind == kind) {
             return Err(bad_field(
                 "Header extension appears twice",
                 "header extension type",

@@ -62,6 +62,33 @@ impl Header {
         Ok(header)
     }
 
+    /// Makes a version 2 header a version 3 one.
+    pub fn upgrade(&mut self) {
+        self.version = 3;
+        self.header_length = V3_HEADER_LENGTH;
+        self.additional = vec![0; (V3_HEADER_LENGTH - 104) as usize];
+        self.refcount_order = 4;
+        if self.extension(ExtensionType::FEATURE_NAMES).is_none() {
+            let mut named = self.clone();
+            named.extensions.push(FeatureName::standard_table());
+            // Where there is room: the names are for other programs.
+            if named.to_bytes().is_ok() {
+                *self = named;
+            }
+        }
+    }
+
+    /// Makes a version 3 header a version 2 one; what only version 3 can express is lost.
+    pub fn downgrade(&mut self) {
+        self.version = 2;
+        self.header_length = V2_HEADER_LENGTH;
+        self.additional.clear();
+        self.incompatible_features = Incompatible::default();
+        self.compatible_features = super::Compatible::default();
+        self.autoclear_features = Autoclear::default();
+        self.set_extension(ExtensionType::FEATURE_NAMES, None);
+    }
+
     /// Bytes of a cluster.
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
@@ -156,10 +183,14 @@ impl Header {
 
     /// Sets, replaces or removes the extension of that type; the others stay where they are.
     pub fn set_extension(&mut self, kind: ExtensionType, data: Option<Vec<u8>>) {
-        let at = self
-            .extensions
-            .iter()
-            .position(|extension| extension.kind == kind);
+        let is_it = |extension: &Extension| extension.kind == kind;
+        let at = self.extensions.iter().position(is_it);
+        // One of them is left where there were several.
+        let mut index = 0;
+        self.extensions.retain(|extension| {
+            index += 1;
+            !is_it(extension) || at == Some(index - 1)
+        });
         match (at, data) {
             (Some(at), Some(data)) => self.extensions[at] = Extension::new(kind, data),
             (Some(at), None) => {
@@ -182,7 +213,9 @@ impl Header {
     /// The backing file's format name.
     #[must_use]
     pub fn backing_format(&self) -> Option<String> {
-        self.extension(ExtensionType::BACKING_FORMAT)
+        self.extensions
+            .iter()
+            .rfind(|extension| extension.kind == ExtensionType::BACKING_FORMAT)
             .map(|extension| text(&extension.data))
     }
 
@@ -208,6 +241,7 @@ impl Header {
         }
         self.backing_file = name.filter(|name| !name.is_empty()).map(<[u8]>::to_vec);
         let format = format.filter(|_| self.backing_file.is_some());
+        let before = self.backing_format();
         self.set_extension(
             ExtensionType::BACKING_FORMAT,
             format.map(|format| format.as_bytes().to_vec()),
@@ -217,7 +251,7 @@ impl Header {
             .extensions
             .iter()
             .position(|extension| extension.kind == ExtensionType::BACKING_FORMAT)
-            && self.origin.bytes.is_empty()
+            && before.is_none()
         {
             let extension = self.extensions.remove(at);
             self.extensions.insert(0, extension);
@@ -270,11 +304,6 @@ impl Header {
         }
         if self.has(Incompatible::EXTENDED_L2) {
             return refuse("extended L2 entries");
-        }
-        match self.crypt_method {
-            CryptMethod::None => {}
-            CryptMethod::Aes => return refuse("AES encryption"),
-            CryptMethod::Luks => return refuse("LUKS encryption"),
         }
         if writable && self.has(Incompatible::CORRUPT) {
             return Err(Error::corrupt(

@@ -66,7 +66,8 @@ pub async fn delete_offline(io: &Io, file: FileId, id_or_name: &str) -> Result<(
         .await
 }
 
-async fn open(io: &Io, file: FileId) -> Result<(Header, Refcounts)> {
+/// The header and the reference counts of an image that is to be changed.
+pub(in crate::formats::qcow2) async fn open(io: &Io, file: FileId) -> Result<(Header, Refcounts)> {
     let mut header = Header::read(io, file).await?;
     header.check_supported(true)?;
     crate::formats::qcow2::repair::repair_dirty(io, file, &mut header).await?;
@@ -285,12 +286,15 @@ impl<'a> Editor<'a> {
         Ok(())
     }
 
-    async fn active_l1(&self) -> Result<Vec<u64>> {
+    pub(in crate::formats::qcow2) async fn active_l1(&self) -> Result<Vec<u64>> {
         self.read_l1(self.header.l1_table_offset, self.header.l1_size)
             .await
     }
 
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(in crate::formats::qcow2) async fn snapshot_l1(
+        &self,
+        snapshot: &Snapshot,
+    ) -> Result<Vec<u64>> {
         let (offset, size) = (snapshot.l1_table_offset, snapshot.l1_size);
         let bytes = u64::from(size) * 8;
         let in_file = offset.checked_add(bytes).is_some_and(|end| {
@@ -330,7 +334,7 @@ impl<'a> Editor<'a> {
         Ok(())
     }
 
-    async fn read_l2(&self, entry: u64) -> Result<AlignedBuf> {
+    pub(in crate::formats::qcow2) async fn read_l2(&self, entry: u64) -> Result<AlignedBuf> {
         let offset = entry & OFFSET_MASK;
         if self.geometry.in_cluster(offset) != 0 {
             return Err(Error::corrupt(format!(
@@ -452,7 +456,7 @@ impl<'a> Editor<'a> {
     }
 
     /// Makes the COPIED flags of the active tables say what the reference counts say.
-    async fn set_copied(&self, l1: &[u64]) -> Result<()> {
+    pub(in crate::formats::qcow2) async fn set_copied(&self, l1: &[u64]) -> Result<()> {
         self.io.sync(self.file).await?;
         let bits = self.geometry.cluster_bits;
         let mut flagged = l1.to_vec();
@@ -525,6 +529,19 @@ impl<'a> Editor<'a> {
         self.write_counts().await
     }
 
+    /// Writes another snapshot table in the place of the one there is.
+    pub(in crate::formats::qcow2) async fn replace_table(
+        &mut self,
+        table: &SnapshotTable,
+    ) -> Result<()> {
+        let mut taken = Vec::new();
+        let result = self.switch_table(table, &mut taken).await;
+        if result.is_err() {
+            self.give_back(&[], taken).await?;
+        }
+        result
+    }
+
     /// Gives back the clusters of a table that nothing names any more.
     async fn release_bytes(&self, offset: u64, len: u64) -> Result<()> {
         let bits = self.geometry.cluster_bits;
@@ -546,7 +563,7 @@ impl<'a> Editor<'a> {
     }
 
     /// Writes changed reference counts and what they count, durably.
-    async fn write_counts(&mut self) -> Result<()> {
+    pub(in crate::formats::qcow2) async fn write_counts(&mut self) -> Result<()> {
         write_counts(self.io, self.file, self.counts, self.header).await?;
         self.io.sync(self.file).await
     }

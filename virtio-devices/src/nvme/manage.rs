@@ -1,0 +1,353 @@
+//! Namespace Management and Attachment, Format NVM, Sanitize.
+
+use std::{path::PathBuf, sync::Arc};
+
+use super::{
+    Namespace, NamespaceConfig, Status,
+    admin::{Answer, Outcome},
+    command::{Command, le32, le64},
+    core::{Core, Mail},
+    front::NvmeQueues,
+    namespace::flag,
+    sanitize::Action,
+};
+use crate::{MemorySource, memory::BatchMemory};
+
+impl<S: MemorySource> NvmeQueues<S> {
+    /// Does host work on the thread for it; the command ends when it is done.
+    fn later(
+        &self,
+        index: u32,
+        work: impl FnOnce(&Arc<Core>) -> Result<u32, Status> + Send + 'static,
+    ) {
+        let token = self.slots.id(index);
+        let core = Arc::clone(&self.core);
+        self.core.subsystem.jobs.run(move || {
+            let (status, dw0) = match work(&core) {
+                Ok(dw0) => (Status::SUCCESS, dw0),
+                Err(status) => (status, 0),
+            };
+            core.ports[0].send(Mail::Ended { token, status, dw0 });
+        });
+    }
+
+    /// Writes a sidecar; the command ends when it is durable.
+    pub(super) fn persist_admin(&self, index: u32, namespace: &Arc<Namespace>) {
+        let namespace = Arc::clone(namespace);
+        self.later(index, move |_| persist(&namespace).map(|()| 0));
+    }
+
+    pub(super) fn namespace_management(
+        &mut self,
+        index: u32,
+        command: &Command,
+        guest: &mut BatchMemory<'_, S::M>,
+    ) -> Answer {
+        match command.cdw10() & 15 {
+            0 => {
+                if command.cdw11() >> 24 != 0 {
+                    return Err(Status::IO_COMMAND_SET_NOT_SUPPORTED);
+                }
+                let data = self.read_data(index, command, 4096, guest)?;
+                let blocks = le64(&data, 0);
+                let format = data[26] & 15;
+                if format > 1 {
+                    return Err(Status::INVALID_FORMAT);
+                }
+                if le64(&data, 8) != blocks {
+                    return Err(Status::THIN_PROVISIONING_NOT_SUPPORTED);
+                }
+                if data[29] != 0 || blocks == 0 || le32(&data, 92) != 0 {
+                    return Err(Status::INVALID_FIELD);
+                }
+                let lba = if format == 1 { 4096 } else { 512 };
+                let bytes = blocks
+                    .checked_mul(u64::from(lba))
+                    .ok_or(Status::NAMESPACE_INSUFFICIENT_CAPACITY)?;
+                self.later(index, move |core| create(core, bytes, lba));
+            }
+            1 => {
+                let nsid = command.nsid;
+                let targets: Vec<u32> = if nsid == u32::MAX {
+                    let all = self.core.subsystem.namespaces();
+                    let pooled = all.iter().filter(|it| it.pooled().is_some());
+                    pooled.map(|it| it.nsid()).collect()
+                } else {
+                    self.deletable(nsid)?;
+                    vec![nsid]
+                };
+                self.later(index, move |core| {
+                    for nsid in targets {
+                        delete(core, nsid);
+                    }
+                    Ok(0)
+                });
+            }
+            _ => return Err(Status::INVALID_FIELD),
+        }
+        Ok(Outcome::Later)
+    }
+
+    /// A namespace that was configured can be detached, not deleted.
+    fn deletable(&self, nsid: u32) -> Result<(), Status> {
+        let namespace = self.core.subsystem.namespace(nsid);
+        let namespace =
+            namespace.ok_or(if nsid == 0 || nsid > super::subsystem::MAX_NAMESPACES {
+                Status::INVALID_NAMESPACE
+            } else {
+                Status::INVALID_FIELD
+            })?;
+        if namespace.pooled().is_none() {
+            return Err(Status::INVALID_FIELD);
+        }
+        Ok(())
+    }
+
+    pub(super) fn namespace_attachment(
+        &mut self,
+        index: u32,
+        command: &Command,
+        guest: &mut BatchMemory<'_, S::M>,
+    ) -> Answer {
+        let nsid = command.nsid;
+        let select = command.cdw10() & 15;
+        let data = self.read_data(index, command, 4096, guest)?;
+        let namespace = self
+            .core
+            .subsystem
+            .namespace(nsid)
+            .ok_or(Status::INVALID_FIELD)?;
+        let count = usize::from(data[0]) | usize::from(data[1]) << 8;
+        let list = data[2..].chunks_exact(2).take(count.min(2047));
+        let ids: Vec<u16> = list.map(|id| u16::from_le_bytes([id[0], id[1]])).collect();
+        let known = self.core.subsystem.controller_ids();
+        if count == 0
+            || count > 2047
+            || !ids.iter().all(|id| known.contains(id))
+            || !ids.is_sorted_by(|a, b| a < b)
+        {
+            return Err(Status::CONTROLLER_LIST_INVALID);
+        }
+        {
+            let mut attached = namespace.attached();
+            match select {
+                0 if ids.iter().any(|id| attached.contains(id)) => {
+                    return Err(Status::NAMESPACE_ALREADY_ATTACHED);
+                }
+                0 => attached.extend(ids.iter().copied()),
+                1 if !ids.iter().all(|id| attached.contains(id)) => {
+                    return Err(Status::NAMESPACE_NOT_ATTACHED);
+                }
+                1 => attached.retain(|id| !ids.contains(id)),
+                _ => return Err(Status::INVALID_FIELD),
+            }
+        }
+        // The controllers it is about are told; the one that was asked knows already.
+        let ours = self.core.id;
+        self.core.subsystem.tell(|id, listener| {
+            if ids.contains(&id) {
+                listener.namespaces_changed(if id == ours {
+                    &[]
+                } else {
+                    std::slice::from_ref(&nsid)
+                });
+            }
+        });
+        Ok(Outcome::Done(0))
+    }
+
+    pub(super) fn format_nvm(&mut self, index: u32, command: &Command) -> Answer {
+        if !self.core.all_remember() {
+            return Err(Status::INVALID_OPCODE);
+        }
+        let value = command.cdw10();
+        let format = value & 15 | (value >> 12 & 3) << 4;
+        let erase = value >> 9 & 7;
+        if format > 1 {
+            return Err(Status::INVALID_FORMAT);
+        }
+        // No metadata, no protection information.
+        if value & (1 << 4 | 7 << 5 | 1 << 8) != 0 && value & 7 << 5 != 0 {
+            return Err(Status::INVALID_FORMAT);
+        }
+        if erase > 1 {
+            return Err(Status::INVALID_FIELD);
+        }
+        let lba = if format == 1 { 4096 } else { 512 };
+        let targets = if command.nsid == u32::MAX {
+            self.core.subsystem.attached_to(self.core.id)
+        } else {
+            if command.nsid == 0 || command.nsid > super::subsystem::MAX_NAMESPACES {
+                return Err(Status::INVALID_NAMESPACE);
+            }
+            let namespace = self.core.subsystem.namespace(command.nsid);
+            vec![namespace.ok_or(Status::INVALID_FIELD)?]
+        };
+        let host = self.core.host_id().0;
+        for namespace in &targets {
+            if namespace.is_read_only() {
+                return Err(Status::NAMESPACE_WRITE_PROTECTED);
+            }
+            if Self::is_formatting(namespace) {
+                return Err(Status::FORMAT_IN_PROGRESS);
+            }
+            if !namespace
+                .reservations()
+                .allows(host, super::reservation::Access::Write)
+            {
+                return Err(Status::RESERVATION_CONFLICT);
+            }
+            if erase == 1 && !namespace.can_erase() {
+                return Err(Status::INVALID_FIELD);
+            }
+            if !namespace.disk().size().is_multiple_of(u64::from(lba)) && lba == 4096 {
+                // The last block would be cut off; that is allowed, but an empty disk is not.
+                if namespace.disk().size() < u64::from(lba) {
+                    return Err(Status::INVALID_FORMAT);
+                }
+            }
+        }
+        for namespace in &targets {
+            namespace.set_flag(flag::FORMATTING, true);
+        }
+        self.later(index, move |core| {
+            let mut result = Ok(0);
+            for namespace in &targets {
+                if result.is_ok() {
+                    result = format_one(namespace, lba, erase == 1).map(|()| 0);
+                }
+                namespace.set_flag(flag::FORMATTING, false);
+            }
+            let nsids: Vec<u32> = targets.iter().map(|it| it.nsid()).collect();
+            core.subsystem.changed(&nsids);
+            result
+        });
+        Ok(Outcome::Later)
+    }
+
+    pub(super) fn sanitize(&mut self, command: &Command) -> Answer {
+        if !self.core.can_sanitize() {
+            return Err(Status::INVALID_OPCODE);
+        }
+        let value = command.cdw10();
+        let action = match value & 7 {
+            1 => {
+                self.core.subsystem.sanitize.leave_failure();
+                return Ok(Outcome::Done(0));
+            }
+            2 => Action::BlockErase,
+            3 => Action::Overwrite {
+                pattern: command.cdw11(),
+                passes: (value >> 4 & 15) as u8,
+                invert: value & 1 << 8 != 0,
+            },
+            _ => return Err(Status::INVALID_FIELD),
+        };
+        let subsystem = &self.core.subsystem;
+        if subsystem.sanitize.has_failed() && value & 8 != 0 {
+            // Only a restricted operation leaves a failed restricted one.
+            tracing::debug!("an unrestricted sanitize operation after a failure");
+        }
+        if subsystem
+            .namespaces()
+            .iter()
+            .any(|it| Self::is_formatting(it))
+        {
+            return Err(Status::FORMAT_IN_PROGRESS);
+        }
+        if !subsystem.start_sanitize(action, value) {
+            return Err(Status::SANITIZE_IN_PROGRESS);
+        }
+        Ok(Outcome::Done(0))
+    }
+}
+
+fn persist(namespace: &Namespace) -> Result<(), Status> {
+    namespace.persist().map_err(|error| {
+        tracing::error!(nsid = namespace.nsid(), %error, "not remembered");
+        Status::INTERNAL_ERROR
+    })
+}
+
+/// Creates a namespace in the pool; returns its identifier.
+fn create(core: &Core, bytes: u64, lba_size: u32) -> Result<u32, Status> {
+    let subsystem = &core.subsystem;
+    let Some(pool) = subsystem.config().pool.clone() else {
+        return Err(Status::INVALID_OPCODE);
+    };
+    let free = pool.capacity.saturating_sub(subsystem.pool_used());
+    if bytes > free {
+        return Err(Status::NAMESPACE_INSUFFICIENT_CAPACITY);
+    }
+    let nsid = (1..=super::subsystem::MAX_NAMESPACES)
+        .find(|nsid| {
+            subsystem.namespace(*nsid).is_none() && !image_path(&pool.folder, *nsid).exists()
+        })
+        .ok_or(Status::NAMESPACE_ID_UNAVAILABLE)?;
+    let path = image_path(&pool.folder, nsid);
+    let failed = |error: &dyn std::fmt::Display| {
+        tracing::error!(path = %path.display(), %error, "no namespace was created");
+        Status::INTERNAL_ERROR
+    };
+    let disk = (pool.create)(&path, bytes).map_err(|error| failed(&error))?;
+    let config = NamespaceConfig {
+        nsid: Some(nsid),
+        lba_size,
+        sidecar: Some(path.with_extension("nvme")),
+        ..NamespaceConfig::default()
+    };
+    let added = subsystem.insert(disk, &config, Some(path.clone()));
+    added.map_err(|error| failed(&error))
+}
+
+fn image_path(folder: &std::path::Path, nsid: u32) -> PathBuf {
+    folder.join(format!("namespace-{nsid}.raw"))
+}
+
+fn delete(core: &Core, nsid: u32) {
+    let subsystem = &core.subsystem;
+    let Some(namespace) = subsystem.namespace(nsid) else {
+        return;
+    };
+    // Whoever created it in the pool removes it.
+    let Some(path) = namespace.pooled().cloned() else {
+        return;
+    };
+    let ids: Vec<u16> = namespace.attached().iter().copied().collect();
+    if let Err(error) = subsystem.remove_namespace(nsid) {
+        tracing::debug!(nsid, %error, "removed by another");
+        return;
+    }
+    namespace.forget();
+    if let Err(error) = std::fs::remove_file(&path) {
+        tracing::error!(path = %path.display(), %error, "the image was not removed");
+    }
+    tracing::debug!(nsid, ?ids, "deleted");
+}
+
+/// Formats a namespace: nothing of what it held can be read afterwards.
+fn format_one(namespace: &Namespace, lba: u32, erase: bool) -> Result<(), Status> {
+    // What was in flight ends first; nothing new begins, because of the flag.
+    while !namespace.gate.claim() {
+        std::thread::yield_now();
+    }
+    while !namespace.gate.is_quiet() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let disk = namespace.disk();
+    let size = disk.size();
+    let done = if erase {
+        super::sanitize::overwrite(disk)
+    } else {
+        disk.write_zeroes(0, size, true)
+    };
+    let done = done.and_then(|()| disk.flush());
+    namespace.gate.release();
+    if let Err(error) = done {
+        tracing::error!(nsid = namespace.nsid(), %error, "format");
+        return Err(Status::of_disk(error.kind(), true));
+    }
+    namespace.mark(|marks| *marks = super::uncorrectable::Uncorrectable::default());
+    namespace.set_lba_size(lba);
+    persist(namespace)
+}

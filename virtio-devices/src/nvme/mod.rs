@@ -1,0 +1,59 @@
+//! An NVMe controller (base specification 2.0, NVM command set 1.0).
+//!
+//! ```text
+//! Subsystem            namespaces, shared by controllers; sanitize; the pool of images
+//!    ▲
+//! NvmeController       registers and doorbells: any thread
+//!    │ worker(n, memory), on the thread that drives it; 0 is the admin queue's
+//!    ▼
+//! NvmeWorker = Worker<NvmeQueues>      some queue pairs, and a data plane for each namespace
+//! ```
+//!
+//! It knows no transport: the owner gives it register accesses, guest memory, and a
+//! [`VectorInterrupt`](crate::VectorInterrupt).
+
+mod admin;
+mod command;
+mod controller;
+mod copy;
+mod core;
+mod data;
+mod doorbell;
+pub mod driver;
+mod events;
+mod features;
+mod front;
+mod fused;
+mod gate;
+mod identify;
+mod interrupt;
+mod io;
+mod io_reservation;
+mod jobs;
+mod logs;
+mod manage;
+mod namespace;
+mod post;
+mod prp;
+mod registers;
+mod reservation;
+mod ring;
+mod sanitize;
+mod set_features;
+mod sgl;
+mod shadow;
+mod sidecar;
+mod slot;
+mod state;
+mod status;
+mod stream;
+mod subsystem;
+mod take;
+mod uncorrectable;
+
+pub use controller::{NvmeConfig, NvmeController};
+pub use front::{NvmeQueues, NvmeWorker};
+pub use namespace::{Namespace, NamespaceConfig};
+pub use state::{NvmeState, NvmeWorkerState, STATE_VERSION};
+pub use status::Status;
+pub use subsystem::{CreateImage, PoolConfig, Subsystem, SubsystemConfig};

@@ -1,0 +1,242 @@
+//! Sanitize (base specification 2.0, 8.21): its state, and the work itself.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use block::AsyncDiskFile;
+use serde::{Deserialize, Serialize};
+
+/// Bytes written at a time.
+const CHUNK: usize = 1 << 20;
+
+/// What SANACT asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Action {
+    BlockErase,
+    Overwrite {
+        pattern: u32,
+        passes: u8,
+        invert: bool,
+    },
+    CryptoErase,
+}
+
+/// What a sidecar remembers of the last sanitize operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SavedSanitize {
+    pub(super) outcome: Outcome,
+    pub(super) action: Option<Action>,
+    /// Dword 10 of the command that started it.
+    pub(super) cdw10: u32,
+}
+
+/// How the last sanitize operation went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Outcome {
+    #[default]
+    Never,
+    Completed,
+    InProgress,
+    Failed,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    outcome: Outcome,
+    action: Option<Action>,
+    cdw10: u32,
+}
+
+/// The sanitize state of a subsystem.
+#[derive(Debug, Default)]
+pub(super) struct Sanitize {
+    state: Mutex<State>,
+    running: AtomicBool,
+    failed: AtomicBool,
+    /// Of 65536.
+    progress: AtomicU32,
+    stop: AtomicBool,
+}
+
+impl Sanitize {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// The last one failed, and the host has not left that state.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn begin(&self, action: Action, cdw10: u32) -> bool {
+        let mut state = self.state();
+        if state.outcome == Outcome::InProgress {
+            return false;
+        }
+        *state = State {
+            outcome: Outcome::InProgress,
+            action: Some(action),
+            cdw10,
+        };
+        self.progress.store(0, Ordering::Release);
+        self.failed.store(false, Ordering::Release);
+        self.running.store(true, Ordering::Release);
+        true
+    }
+
+    pub(super) fn end(&self, ok: bool) {
+        self.state().outcome = if ok {
+            Outcome::Completed
+        } else {
+            Outcome::Failed
+        };
+        self.failed.store(!ok, Ordering::Release);
+        self.running.store(false, Ordering::Release);
+    }
+
+    /// Exit Failure Mode.
+    pub(super) fn leave_failure(&self) {
+        self.failed.store(false, Ordering::Release);
+    }
+
+    /// Takes over what sidecars remember; returns what has to be done again.
+    pub(super) fn restore(&self, saved: SavedSanitize) -> Option<(Action, u32)> {
+        let mut state = self.state();
+        if saved.outcome == Outcome::InProgress || state.outcome == Outcome::Never {
+            *state = State {
+                outcome: saved.outcome,
+                action: saved.action,
+                cdw10: saved.cdw10,
+            };
+            self.failed
+                .store(saved.outcome == Outcome::Failed, Ordering::Release);
+        }
+        if saved.outcome != Outcome::InProgress {
+            return None;
+        }
+        state.outcome = Outcome::Never;
+        Some((saved.action?, saved.cdw10))
+    }
+
+    pub(super) fn saved(&self) -> Option<SavedSanitize> {
+        let state = self.state();
+        (state.outcome != Outcome::Never).then_some(SavedSanitize {
+            outcome: state.outcome,
+            action: state.action,
+            cdw10: state.cdw10,
+        })
+    }
+
+    /// Ends a run soon, as if the power had failed: it goes on at the next start.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Log page 81h: progress, status, dword 10, and that there are no estimates.
+    pub(super) fn log(&self) -> [u8; 512] {
+        let mut page = [0; 512];
+        let state = self.state();
+        let progress = if state.outcome == Outcome::InProgress {
+            self.progress.load(Ordering::Acquire).min(0xffff) as u16
+        } else {
+            0xffff
+        };
+        let passes = match state.action {
+            Some(Action::Overwrite { passes, .. }) if state.outcome == Outcome::Completed => {
+                u16::from(passes & 31)
+            }
+            _ => 0,
+        };
+        let status = match state.outcome {
+            Outcome::Never => 0,
+            Outcome::Completed => 1,
+            Outcome::InProgress => 2,
+            Outcome::Failed => 3,
+        };
+        page[..2].copy_from_slice(&progress.to_le_bytes());
+        page[2..4].copy_from_slice(&(status | passes << 3).to_le_bytes());
+        page[4..8].copy_from_slice(&state.cdw10.to_le_bytes());
+        // No estimate for any kind of operation.
+        page[8..32].fill(0xff);
+        page
+    }
+
+    /// Overwrites or erases a whole disk; false if it was stopped before the end.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub(super) fn erase(
+        &self,
+        disk: &dyn AsyncDiskFile,
+        action: Action,
+        share: (u64, u64),
+    ) -> block::Result<bool> {
+        let size = disk.size();
+        let passes = match action {
+            Action::Overwrite { passes: 0, .. } => 16,
+            Action::Overwrite { passes, .. } => u64::from(passes),
+            Action::BlockErase | Action::CryptoErase => 1,
+        };
+        let mut buffer = vec![0; CHUNK];
+        for pass in 0..passes {
+            if let Action::Overwrite {
+                pattern, invert, ..
+            } = action
+            {
+                let pattern = if invert && (passes - pass).is_multiple_of(2) {
+                    !pattern
+                } else {
+                    pattern
+                };
+                for word in buffer.chunks_exact_mut(4) {
+                    word.copy_from_slice(&pattern.to_le_bytes());
+                }
+            }
+            let mut at = 0;
+            while at < size {
+                if self.is_stopped() {
+                    return Ok(false);
+                }
+                let len = (size - at).min(CHUNK as u64);
+                match action {
+                    Action::Overwrite { .. } => disk.write_at(&buffer[..len as usize], at)?,
+                    Action::BlockErase | Action::CryptoErase => {
+                        disk.write_at(&buffer[..len as usize], at)?;
+                        disk.write_zeroes(at, len, true)?;
+                    }
+                }
+                at += len;
+                self.show((share.0 + pass * share.1 / passes) + at * (share.1 / passes) / size);
+            }
+            disk.flush()?;
+        }
+        Ok(true)
+    }
+
+    fn show(&self, progress: u64) {
+        let progress = u32::try_from(progress.min(0xfffe)).unwrap_or(0xfffe);
+        self.progress.store(progress, Ordering::Release);
+    }
+}
+
+/// Overwrites a disk once with zeroes and gives its space back, for a format with secure erase.
+pub(super) fn overwrite(disk: &dyn AsyncDiskFile) -> block::Result<()> {
+    let size = disk.size();
+    let zeroes = vec![0; CHUNK];
+    let mut at = 0;
+    while at < size {
+        let len = (size - at).min(CHUNK as u64);
+        disk.write_at(&zeroes[..len as usize], at)?;
+        disk.write_zeroes(at, len, true)?;
+        at += len;
+    }
+    Ok(())
+}
