@@ -196,6 +196,10 @@ impl Port {
         if self.taken != 0 {
             return;
         }
+        if self.settling && self.regs.link && self.regs.tfd & u32::from(status::BSY) != 0 {
+            // The device has ended what was forgotten, and says so although nobody asks.
+            self.regs.tfd = u32::from(status::READY);
+        }
         self.settling = false;
         self.resetting = false;
         if self.regs.cmd & cmd::ST == 0 {

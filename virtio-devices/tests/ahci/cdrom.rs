@@ -207,7 +207,7 @@ fn the_guest_ejects_and_loads() {
     let moves = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&moves);
     machine.hba.on_tray(Arc::new(move |port, open| {
-        seen.lock().unwrap().push((port, open))
+        seen.lock().unwrap().push((port, open));
     }));
     let eject = cdb(&[mmc_code::START_STOP_UNIT, 0, 0, 0, 2]);
     let load = cdb(&[mmc_code::START_STOP_UNIT, 0, 0, 0, 3]);

@@ -26,11 +26,7 @@ fn stops(machine: &mut Machine, bit: u32) {
 #[test]
 fn lists_and_tables_outside_memory() {
     let mut machine = Machine::new(Setup::default());
-    for list in [
-        MEMORY as u64,
-        u64::MAX & !0x3ff,
-        MEMORY as u64 - 0x400 + 0x400,
-    ] {
+    for list in [MEMORY as u64, !0x3ff] {
         machine.driver.set(px::CLB, list as u32);
         machine.driver.set(px::CLBU, (list >> 32) as u32);
         machine.driver.set(px::CI, 1);
@@ -39,7 +35,7 @@ fn lists_and_tables_outside_memory() {
         machine.driver.set(px::CLBU, 0);
         stops(&mut machine, is::HBFS);
     }
-    for table in [MEMORY as u64, u64::MAX & !0x7f] {
+    for table in [MEMORY as u64, !0x7f] {
         machine.driver.prepare(0, &Issue::default());
         machine.driver.put(BASE + 8, &table.to_le_bytes());
         machine.driver.issue();

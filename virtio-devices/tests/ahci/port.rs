@@ -210,3 +210,25 @@ fn unplugged_with_requests_in_flight() {
         "nothing of the command"
     );
 }
+
+#[test]
+fn a_list_that_is_restarted_with_a_command_in_flight() {
+    let mut machine = Machine::new(Setup::default());
+    machine.disk.hold(true);
+    machine.write(command(opcode::WRITE_DMA_EXT, 0, 8), 4096);
+    assert_eq!(machine.driver.get(px::TFD) & 0x80, 0x80);
+    machine.driver.stop();
+    machine.work();
+    assert_ne!(
+        machine.driver.get(px::CMD) & cmd::CR,
+        0,
+        "it is still running"
+    );
+    machine.disk.hold(false);
+    machine.disk.release_all();
+    machine.work();
+    assert_eq!(machine.driver.get(px::CMD) & cmd::CR, 0);
+    assert_eq!(machine.driver.get(px::TFD), 0x50);
+    machine.driver.start();
+    machine.read(command(opcode::READ_DMA_EXT, 0, 8), 4096).ok();
+}
