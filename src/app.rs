@@ -11,6 +11,7 @@ use clap_complete::Shell;
 use crate::{
     amend::AmendArgs,
     bench::BenchArgs,
+    bitmap::BitmapArgs,
     check::CheckArgs,
     commit::CommitArgs,
     compare::CompareArgs,
@@ -75,6 +76,7 @@ enum PlatterCommand {
 
 #[derive(Subcommand, Debug)]
 enum ImageCommand {
+    Bitmap(BitmapArgs),
     Amend(AmendArgs),
     Check(CheckArgs),
     Commit(CommitArgs),
@@ -150,6 +152,7 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
 
 fn run_image(command: ImageCommand, persona: Persona) -> Outcome {
     match command {
+        ImageCommand::Bitmap(args) => crate::bitmap::run(&args, persona),
         ImageCommand::Amend(args) => crate::amend::run(&args, persona),
         ImageCommand::Commit(args) => crate::commit::run(&args, persona),
         ImageCommand::Rebase(args) => crate::rebase::run(&args, persona),

@@ -255,7 +255,10 @@ fn print_value(key: &str, value: &Value, indent: usize) {
     match value {
         Value::Object(map) => {
             say!("{:indent$}{key}:", "");
-            for (key, value) in map {
+            let mut list: Vec<_> = map.iter().collect();
+            // A bitmap's fields in the order of QEMU.
+            list.sort_by_key(|(key, _)| *key == "granularity");
+            for (key, value) in list {
                 print_value(&key.replace('-', " "), value, indent + 4);
             }
         }

@@ -8,6 +8,7 @@
 mod amend;
 mod app;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;

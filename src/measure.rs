@@ -2,11 +2,12 @@
 
 use block::{DiskFile, Format};
 use clap::Args;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::{
     create::parse_size,
     image::{
+        bitmaps,
         open::{self, OpenHow, ShareArgs},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -51,6 +52,16 @@ pub(crate) struct MeasureArgs {
     /// The source
     #[arg(value_name = "FILE")]
     files: Vec<String>,
+}
+
+/// What was found, with QEMU's names.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Measured {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<u64>,
+    required: u64,
+    fully_allocated: u64,
 }
 
 /// Runs the command.
@@ -122,11 +133,27 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
             return Err(Failure::new(format!("Unknown file format '{format}'")));
         }
     };
+    let version3 = !matches!(options.get("compat"), Some("0.10" | "v2"));
+    let bitmaps = match &source {
+        Some(disk) if args.target_format == "qcow2" && version3 && bitmaps::supported(&**disk) => {
+            let list = disk.extras().bitmaps();
+            Some(bitmaps::space(&list, virtual_size, cluster))
+        }
+        _ => None,
+    };
     if args.output == "json" {
-        json::print(&json!({"required": required, "fully-allocated": full}));
+        let all = Measured {
+            bitmaps,
+            required,
+            fully_allocated: full,
+        };
+        json::print(&all);
     } else {
         say!("required size: {required}");
         say!("fully allocated size: {full}");
+        if let Some(bytes) = bitmaps {
+            say!("bitmaps size: {bytes}");
+        }
     }
     Ok(0)
 }

@@ -5,6 +5,7 @@ use clap::Args;
 use crate::{
     grumble,
     image::{
+        bitmaps,
         open::{self, OpenHow},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -91,7 +92,7 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
         ));
     }
     disk.resize(wanted)
-        .map_err(|error| Failure::new(error.message()))?;
+        .map_err(|error| Failure::new(bitmaps::explain(&error, persona)))?;
     disk.close()
         .map_err(|error| Failure::new(error.to_string()))?;
     if !args.quiet {

@@ -12,7 +12,7 @@ use crate::{
         luks::Luks,
         qcow2::{
             Qcow2, Qcow2Options,
-            header::{Autoclear, Header},
+            header::{Autoclear, Header, Incompatible},
             snapshot::SnapshotTable,
         },
         raw::{Raw, RawFile},
@@ -21,7 +21,7 @@ use crate::{
     image::Image,
     io::{Contexts, DiskCore, EngineKind, FileOptions, FileRole, Host, Io, OsHost, Pool},
     locking::lock_image,
-    options::{Backing, CacheMode, Locking},
+    options::{Backing, CacheMode, Locking, SnapshotName},
     serve::{Policy, Served},
     sync::LocalFuture,
 };
@@ -213,10 +213,13 @@ impl Opener<'_> {
             }
             let depth = above.len();
             above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
+            let data_file = self.open_data_file(&header, &path, (top, writable), &above)?;
             let backing = self.open_backing(&header, &path, top, above).await?;
             let options = Qcow2Options {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
+                data_file,
+                discard_no_unref: self.options.discard_no_unref,
                 unlock: self.options.unlock(depth),
             };
             let image = Qcow2::open(self.io, id, header, backing, options)
@@ -227,18 +230,29 @@ impl Opener<'_> {
     }
 
     /// Turns the header into that of the disk at a snapshot.
-    async fn show_snapshot(&self, id: FileId, header: &mut Header, name: &str) -> Result<()> {
+    async fn show_snapshot(
+        &self,
+        id: FileId,
+        header: &mut Header,
+        name: &SnapshotName,
+    ) -> Result<()> {
         if !self.options.read_only {
             return Err(Error::invalid_argument(
                 "snapshot: can be shown only when the disk is opened for reading",
             ));
         }
         let table = SnapshotTable::read(self.io, id, header).await?;
-        let found = table.find(name).and_then(|at| table.snapshots.get(at));
-        let Some(snapshot) = found else {
+        let (found, wanted) = match name {
+            SnapshotName::Either(text) => (table.find(text), format!("id or name {text:?}")),
+            SnapshotName::Exactly { id, name } => (
+                table.find_by(id.as_deref(), name.as_deref()),
+                format!("id {id:?} and name {name:?}"),
+            ),
+        };
+        let Some(snapshot) = found.and_then(|at| table.snapshots.get(at)) else {
             return Err(Error::with_message(
                 ErrorKind::NotFound,
-                format!("snapshot: there is none with the id or name {name:?}"),
+                format!("snapshot: there is none with the {wanted}"),
             ));
         };
         header.size = snapshot.disk_size().unwrap_or(header.size);
@@ -247,6 +261,63 @@ impl Opener<'_> {
         // Bitmaps are about the disk as it is now.
         header.autoclear_features.remove(Autoclear::BITMAPS);
         header.check_l1()
+    }
+
+    /// Opens the file that an image keeps its guest's data in, where it has one, for what the image
+    /// itself is opened for.
+    fn open_data_file(
+        &self,
+        header: &Header,
+        path: &Path,
+        (top, writable): (bool, bool),
+        above: &[Option<(u64, u64)>],
+    ) -> Result<Option<FileId>> {
+        let named = |error: Error| {
+            Error::with_message(error.kind(), format!("data file: {error}"))
+                .path(path)
+                .source(error)
+        };
+        let given = self.options.data_file.as_deref().filter(|_| top);
+        if !header.has(Incompatible::DATA_FILE) {
+            return match given {
+                None => Ok(None),
+                Some(_) => Err(Error::invalid_argument(
+                    "'data-file' can only be set for images with an external data file",
+                )
+                .path(path)),
+            };
+        }
+        let host = &*self.io.core.host;
+        let options = self.options.file_options(writable);
+        let file = match (given, header.data_file_name()) {
+            (Some(given), _) => host.open(given, options),
+            (None, Some(name)) => self.options.gate.open(host, path, &name, options),
+            (None, None) => {
+                return Err(
+                    Error::invalid_argument("'data-file' is required for this image").path(path),
+                );
+            }
+        }
+        .map_err(named)?;
+        if file.identity().is_some() && above.contains(&file.identity()) {
+            return Err(Error::invalid_image(format!(
+                "data file: {} is an image of this chain",
+                file.path().display()
+            ))
+            .path(path));
+        }
+        let locking = self.options.effective_locking();
+        lock_image(&file, writable, locking, self.options.lock_wait)?;
+        let raw = header.autoclear_features.contains(Autoclear::DATA_FILE_RAW);
+        let role = if raw {
+            if writable && file.len()? < header.size && !file.is_block_device() {
+                file.set_len(header.size)?;
+            }
+            FileRole::RawClusters
+        } else {
+            FileRole::Clusters
+        };
+        Ok(Some(self.io.core.add_file(file, role)))
     }
 
     async fn open_backing(

@@ -11,6 +11,10 @@ use crate::{
 /// Pause between attempts to lock an image that another process still holds.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
+/// How long a conflict may last before it is one: a process that was killed keeps its locks until the
+/// kernel is done with what it had in flight.
+const LINGER: Duration = Duration::from_millis(300);
+
 /// Permissions as QEMU numbers them.
 mod permission {
     pub(super) const CONSISTENT_READ: u64 = 1 << 0;
@@ -35,25 +39,15 @@ pub(crate) fn lock_image(
         permission::CONSISTENT_READ
     };
     let not_shared = permission::WRITE | permission::RESIZE;
-    let deadline = Instant::now() + wait;
+    let deadline = Instant::now() + wait.max(LINGER);
     loop {
         match file.lock(held, not_shared) {
             Ok(()) => return Ok(()),
-            Err(LockError::Conflict(_)) if Instant::now() < deadline => {
+            Err(LockError::NotShared(_) | LockError::InUse(_)) if Instant::now() < deadline => {
                 std::thread::sleep(LOCK_RETRY);
             }
-            Err(LockError::Conflict(_)) => {
-                let which = if write {
-                    "\"write\""
-                } else {
-                    "shared \"write\""
-                };
-                return Err(Error::with_message(
-                    ErrorKind::Locked,
-                    format!("failed to get {which} lock: is another process using the image?"),
-                )
-                .path(file.path()));
-            }
+            Err(LockError::NotShared(name)) => return Err(in_use(file, name, "")),
+            Err(LockError::InUse(name)) => return Err(in_use(file, name, "shared ")),
             Err(LockError::Unsupported(error)) if locking == Locking::Auto => {
                 tracing::warn!(path = %file.path().display(), %error, "the file system has no locks; going on without");
                 return Ok(());
@@ -63,4 +57,15 @@ pub(crate) fn lock_image(
             }
         }
     }
+}
+
+/// The error for an image that another process uses, in QEMU's words.
+fn in_use(file: &HostFile, permission: &str, shared: &str) -> Error {
+    Error::with_message(
+        ErrorKind::Locked,
+        format!(
+            "Failed to get {shared}\"{permission}\" lock (is another process using the image?)"
+        ),
+    )
+    .path(file.path())
 }

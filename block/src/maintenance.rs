@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::{
     Disk, DiskFile, Error, GuestRange, Result,
+    hooks::Mutation,
     image::{BlockStatus, Image},
     io::{AlignedBuf, Buffers},
     serve,
@@ -30,13 +31,27 @@ pub type Step<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 ///
 /// [`OpenOptions::writable_backing`]: crate::OpenOptions::writable_backing
 pub fn commit(disk: &Disk, depth: usize, step: &mut Step<'_>) -> Result<()> {
+    let base = below(disk.image(), depth)?;
+    let copied = copy_down(disk, depth, base, step);
+    // All of it, with the space that writing over old clusters freed; after an error, too, so that
+    // the image's bitmaps say what was written.
+    let closed = disk.with_drained(async |io| base.close(io).await);
+    copied.and(closed)
+}
+
+fn copy_down(disk: &Disk, depth: usize, base: &Arc<dyn Image>, step: &mut Step<'_>) -> Result<()> {
     let top = disk.image();
-    let base = below(top, depth)?;
     let size = top.size();
     if base.size() < size {
         disk.with_drained(async |io| base.resize(io, size).await)
             .map_err(|error| error.operation("resize the backing file"))?;
     }
+    // No queue announces what is written here.
+    let announce = |mutation| {
+        if let Some(extras) = base.extras() {
+            extras.recorder().begin(mutation);
+        }
+    };
     let mut at = 0;
     while at < size {
         let status = status(disk, at, size - at)?;
@@ -44,6 +59,7 @@ pub fn commit(disk: &Disk, depth: usize, step: &mut Step<'_>) -> Result<()> {
             status.len
         } else if status.present && !status.zero {
             let range = GuestRange::new(at, status.len.min(CHUNK));
+            announce(Mutation::Write(range));
             disk.with_pin(async |io| {
                 let data = serve::read_owned(&**top, io, range).await?;
                 let data = Buffers::owned(data);
@@ -53,14 +69,14 @@ pub fn commit(disk: &Disk, depth: usize, step: &mut Step<'_>) -> Result<()> {
         } else {
             // Zeroes here hide what is below, where this level ends early, too.
             let range = GuestRange::new(at, status.len);
+            announce(Mutation::WriteZeroes(range));
             disk.with_pin(async |io| serve::write_zeroes(&**base, io, range, true).await)?;
             range.len
         };
         at += len;
         step(at)?;
     }
-    // All of it, with the space that writing over old clusters freed.
-    disk.with_drained(async |io| base.close(io).await)
+    Ok(())
 }
 
 /// Forgets everything that the top image holds, so that the disk is what its backing file has.

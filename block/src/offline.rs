@@ -73,6 +73,27 @@ pub fn with_file_on<T>(
 ) -> Result<T> {
     let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
     let core = DiskCore::new(path, host, pool, false);
+    let file = open_in(&core, path, options)?;
+    let driver = Driver::new(core.host.engine(options.engine, 64)?)?;
+    let io = Io::new(&driver, &core)?;
+    let result = driver.block_on(work(&io, file));
+    // Closing is not enough: a process that another thread is just starting still has the file.
+    for index in 0..core.file_count() {
+        core.file(FileId(index))?.file.unlock();
+    }
+    result?.map_err(|error| error.path(path))
+}
+
+/// Opens one more file for the work that [`with_file`] runs: a data file, for instance.
+///
+/// # Errors
+/// The host's; [`Locked`](crate::ErrorKind::Locked).
+pub fn open_beside(io: &Io, path: &Path, options: OfflineOptions) -> Result<FileId> {
+    open_in(&io.core, path, options).map_err(|error| error.path(path))
+}
+
+/// Opens a file and locks it before it is cut, if it is to be made empty.
+fn open_in(core: &DiskCore, path: &Path, options: OfflineOptions) -> Result<FileId> {
     let truncate = options.file.truncate;
     let file = core.host.open(
         path,
@@ -85,11 +106,5 @@ pub fn with_file_on<T>(
     if truncate && !file.is_block_device() {
         file.set_len(0)?;
     }
-    let file = core.add_file(file, FileRole::Clusters);
-    let driver = Driver::new(core.host.engine(options.engine, 64)?)?;
-    let io = Io::new(&driver, &core)?;
-    let result = driver.block_on(work(&io, file));
-    // Closing is not enough: a process that another thread is just starting still has the file.
-    core.file(file)?.file.unlock();
-    result?.map_err(|error| error.path(path))
+    Ok(core.add_file(file, FileRole::Clusters))
 }

@@ -89,6 +89,18 @@ pub(crate) enum Backing {
     Override(PathBuf, Option<Format>),
 }
 
+/// Which internal snapshot to show.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotName {
+    /// By id, or else by name.
+    Either(String),
+    /// By what is given of both.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
 /// How to open a disk. Start with [`OpenOptions::new`], end with
 /// [`open`](OpenOptions::open).
 #[derive(Clone, Debug)]
@@ -103,10 +115,12 @@ pub struct OpenOptions {
     pub(crate) locking: Locking,
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
+    pub(crate) discard_no_unref: bool,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
+    pub(crate) data_file: Option<PathBuf>,
+    pub(crate) snapshot: Option<SnapshotName>,
     pub(crate) backing_format: Option<Format>,
-    pub(crate) snapshot: Option<String>,
     pub(crate) restartable: bool,
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
@@ -134,8 +148,10 @@ impl Default for OpenOptions {
             locking: Locking::Auto,
             force_share: false,
             discard: DiscardPolicy::Unmap,
+            discard_no_unref: false,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
+            data_file: None,
             backing_format: None,
             snapshot: None,
             restartable: false,
@@ -229,6 +245,14 @@ impl OpenOptions {
         self
     }
 
+    /// A discard gives host space back, but its clusters stay with the guest's and are not used for
+    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`.
+    #[must_use]
+    pub fn discard_no_unref(mut self, keep: bool) -> Self {
+        self.discard_no_unref = keep;
+        self
+    }
+
     /// Whether writes are searched for zeroes.
     #[must_use]
     pub fn detect_zeroes(mut self, detect: DetectZeroes) -> Self {
@@ -254,6 +278,14 @@ impl OpenOptions {
         self
     }
 
+    /// Use this data file instead of the one the header names. The gate does not apply to it. Only for
+    /// an image whose data is in a file of its own; QEMU's `data-file`.
+    #[must_use]
+    pub fn data_file(mut self, path: &Path) -> Self {
+        self.data_file = Some(path.to_owned());
+        self
+    }
+
     /// Take the backing file that the header names for an image of this format, whatever format the
     /// header records.
     #[must_use]
@@ -266,7 +298,18 @@ impl OpenOptions {
     /// [`read_only`](Self::read_only).
     #[must_use]
     pub fn snapshot(mut self, id_or_name: &str) -> Self {
-        self.snapshot = Some(id_or_name.to_owned());
+        self.snapshot = Some(SnapshotName::Either(id_or_name.to_owned()));
+        self
+    }
+
+    /// Show the disk as it was at the internal snapshot with this id and this name, whichever are
+    /// given. Needs [`read_only`](Self::read_only).
+    #[must_use]
+    pub fn snapshot_by(mut self, id: Option<&str>, name: Option<&str>) -> Self {
+        self.snapshot = Some(SnapshotName::Exactly {
+            id: id.map(str::to_owned),
+            name: name.map(str::to_owned),
+        });
         self
     }
 
@@ -300,7 +343,8 @@ impl OpenOptions {
         self
     }
 
-    /// How long to wait for the lock of an image that another process holds; by default not at all.
+    /// How long to wait for the lock of an image that another process holds; by default a moment, for
+    /// one that was just killed.
     #[must_use]
     pub fn lock_wait(mut self, wait: Duration) -> Self {
         self.lock_wait = wait;

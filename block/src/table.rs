@@ -2,10 +2,15 @@
 //!
 //! One table slice has one live copy, shared by all queues behind an `Arc`. Entries are atomic: a
 //! lookup takes no lock. Changes go through the slice's lock and check the entry again.
+//!
+//! An entry of two words is read and changed as a pair: the slice counts its changes of pairs, up when
+//! one begins and up again when it ended. A reader that finds the count even, and the same before and
+//! after it loaded both words, has a pair that was there at one time. Otherwise it looks again, and
+//! after a few times asks under the lock, which is only ever held for a few stores.
 
 use std::sync::{
     Arc, Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use crate::sync::lock;
@@ -27,6 +32,8 @@ pub(crate) struct TableSlice {
     /// Where the slice is in the image file.
     pub(crate) host_offset: u64,
     entries: Box<[AtomicU64]>,
+    /// Changes of pairs begun and ended: odd while one is going on.
+    pair_changes: AtomicU32,
     state: AtomicU8,
     retired: AtomicBool,
     used: AtomicBool,
@@ -40,6 +47,7 @@ impl TableSlice {
         Self {
             host_offset,
             entries: entries.into_iter().map(AtomicU64::new).collect(),
+            pair_changes: AtomicU32::new(0),
             state: AtomicU8::new(SliceState::Clean as u8),
             retired: AtomicBool::new(false),
             used: AtomicBool::new(true),
@@ -53,6 +61,21 @@ impl TableSlice {
         self.entries
             .get(index)
             .map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// The two words at `index` and behind it, as they were together at one time.
+    pub(crate) fn get_pair(&self, index: usize) -> (u64, u64) {
+        for _ in 0..PAIR_ATTEMPTS {
+            let before = self.pair_changes.load(Ordering::Acquire);
+            let pair = (self.get(index), self.get(index + 1));
+            // The loads above do not move behind the second look at the count: both are acquiring.
+            if before.is_multiple_of(2) && self.pair_changes.load(Ordering::Acquire) == before {
+                return pair;
+            }
+            std::hint::spin_loop();
+        }
+        let _guard = lock(&self.change);
+        (self.get(index), self.get(index + 1))
     }
 
     /// Opens the slice for changes.
@@ -179,6 +202,26 @@ impl SliceChange<'_> {
         self.slice.get(index)
     }
 
+    /// The two words at `index` and behind it. Nobody else changes them meanwhile.
+    pub(crate) fn get_pair(&self, index: usize) -> (u64, u64) {
+        (self.slice.get(index), self.slice.get(index + 1))
+    }
+
+    /// Changes an entry of two words. Returns what [`set`](Self::set) returns.
+    #[must_use]
+    pub(crate) fn set_pair(&self, index: usize, (first, second): (u64, u64)) -> bool {
+        let changes = &self.slice.pair_changes;
+        let begun = changes.load(Ordering::Relaxed).wrapping_add(1);
+        changes.store(begun, Ordering::Relaxed);
+        // Whoever sees one of the new words sees that a change began.
+        fence(Ordering::Release);
+        let became_dirty = self.set(index, first);
+        let dirty_again = self.set(index + 1, second);
+        debug_assert!(!dirty_again, "dirty since the first word");
+        changes.store(begun.wrapping_add(1), Ordering::Release);
+        became_dirty
+    }
+
     /// Changes an entry. Returns whether the slice just became dirty: the caller lists it then.
     #[must_use]
     pub(crate) fn set(&self, index: usize, value: u64) -> bool {
@@ -191,6 +234,9 @@ impl SliceChange<'_> {
             != SliceState::Dirty as u8
     }
 }
+
+/// Lookups of a pair that is being changed before the reader takes the lock.
+const PAIR_ATTEMPTS: u32 = 8;
 
 /// What a queue's cache knows a slice by: the image and the slice's number in guest order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -258,6 +304,25 @@ mod tests {
         let _ = slice.copy_for_writing();
         slice.written();
         assert_eq!(slice.state(), SliceState::Clean);
+    }
+
+    #[test]
+    fn pairs_are_never_seen_by_half() {
+        let slice = Arc::new(TableSlice::new(0, [0; 64]));
+        let writer = {
+            let slice = Arc::clone(&slice);
+            std::thread::spawn(move || {
+                for value in 1..50_000 {
+                    let _ = slice.change().set_pair(6, (value, value << 20));
+                }
+            })
+        };
+        while !writer.is_finished() {
+            let (first, second) = slice.get_pair(6);
+            assert_eq!(first << 20, second);
+        }
+        writer.join().unwrap();
+        assert_eq!(slice.get_pair(6), (49_999, 49_999 << 20));
     }
 
     #[test]

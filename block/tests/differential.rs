@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    collections::HashSet,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -52,12 +53,18 @@ struct Round {
     image: PathBuf,
     options: String,
     cluster: u64,
+    /// What a discard can forget by itself: a cluster, or a subcluster.
+    unit: u64,
     version_2: bool,
+    /// Guest data is in a file of its own, and that is the disk by itself.
+    data_file: Option<bool>,
     backing: u64,
     backing_format: &'static str,
     engine: EngineKind,
     direct: bool,
     model: Vec<u8>,
+    /// Clusters that may be compressed: a discard leaves parts of them as they are.
+    compressed: HashSet<u64>,
     /// The content when a snapshot was taken.
     snapshot: Option<Vec<u8>>,
 }
@@ -93,6 +100,16 @@ impl Round {
                 if rng.one_in(4) { "on" } else { "off" }
             );
         }
+        let extended = !version_2 && cluster >= 16384 && rng.one_in(2);
+        if extended {
+            options += ",extended_l2=on";
+        }
+        let data_file = (!version_2 && rng.one_in(4)).then(|| rng.one_in(2));
+        if let Some(raw) = data_file {
+            let data = dir.path().join("data");
+            options += &format!(",data_file={}", data.display());
+            options += if raw { ",data_file_raw=on" } else { "" };
+        }
         let engine = rng.pick(&EngineKind::ALL);
         Self {
             seed,
@@ -100,16 +117,19 @@ impl Round {
             dir,
             options,
             cluster,
+            unit: if extended { cluster / 32 } else { cluster },
             version_2,
+            data_file,
             backing: match rng.below(4) {
                 0 => size,
                 1 => rng.below(size / 512) * 512,
                 _ => 0,
-            },
+            } * u64::from(data_file != Some(true)),
             backing_format: rng.pick(&["raw", "qcow2"]),
             engine,
             direct: engine == EngineKind::LinuxAio || rng.one_in(4),
             model: vec![0; size as usize],
+            compressed: HashSet::new(),
             snapshot: None,
             rng,
         }
@@ -187,17 +207,17 @@ impl Round {
         (start, (len * self.cluster).min(self.size() - start))
     }
 
-    /// The part of a discarded range that becomes zero.
-    fn discarded(&mut self, start: u64, len: u64) {
+    /// The part of a discarded range that becomes zero: what there is of whole units.
+    fn discarded(&mut self, start: u64, len: u64, unit: u64) {
         if self.version_2 && self.backing > 0 {
             return;
         }
         let end = start + len;
-        let first = start.next_multiple_of(self.cluster);
+        let first = start.next_multiple_of(unit);
         let last = if end == self.size() {
             end
         } else {
-            end / self.cluster * self.cluster
+            end / unit * unit
         };
         if first < last {
             self.model[first as usize..last as usize].fill(0);
@@ -223,7 +243,7 @@ impl Round {
                     commands.push(format!("write -z -u {start} {len}"));
                 }
                 2 if !(self.version_2 && self.backing > 0) => {
-                    self.discarded(start, len);
+                    self.discarded(start, len, self.cluster);
                     commands.push(format!("discard {start} {len}"));
                 }
                 4 => commands.push("flush".into()),
@@ -252,6 +272,9 @@ impl Round {
 
     /// QEMU writes a compressed cluster, unless there is a cluster already: then it refuses.
     fn qemu_compresses(&mut self) {
+        if self.data_file.is_some() {
+            return;
+        }
         let (start, len) = self.clusters();
         let len = len.min(self.cluster);
         let value = self.rng.below(255) + 1;
@@ -261,6 +284,7 @@ impl Round {
             .output()
             .unwrap();
         if output.status.success() {
+            self.compressed.insert(start / self.cluster);
             self.model[start as usize..(start + len) as usize].fill(value as u8);
         } else {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -322,7 +346,22 @@ impl Round {
                     }
                 }
                 2 => {
-                    self.discarded(start, len);
+                    let parts = [start / self.cluster, (start + len - 1) / self.cluster];
+                    let compressed = parts.iter().any(|at| self.compressed.contains(at));
+                    let unit = if compressed { self.cluster } else { self.unit };
+                    let (start, len) = if compressed {
+                        let end = start + len;
+                        let end = if end == self.size() {
+                            end
+                        } else {
+                            end / unit * unit
+                        };
+                        let start = start.next_multiple_of(unit);
+                        (start.min(end), end.saturating_sub(start))
+                    } else {
+                        (start, len)
+                    };
+                    self.discarded(start, len, unit);
                     RequestOp::Discard { offset: start, len }
                 }
                 3 => RequestOp::Flush,
@@ -363,7 +402,13 @@ impl Round {
             let (start, len) = self.clusters();
             let len = len.min(self.cluster);
             let bytes = self.data(len);
+            if self.data_file.is_some() {
+                let error = disk.write_compressed(&bytes, start).unwrap_err();
+                assert_eq!(error.kind(), block::ErrorKind::Unsupported);
+                return;
+            }
             disk.write_compressed(&bytes, start).unwrap();
+            self.compressed.insert(start / self.cluster);
             self.model[start as usize..(start + len) as usize].copy_from_slice(&bytes);
             return;
         }
@@ -399,6 +444,16 @@ impl Round {
         self.extract(&plain, &[]);
         let seen = fs::read(&plain).unwrap();
         assert_same(&seen, &self.model, &format!("{what} {when}: QEMU reads"));
+        if self.data_file == Some(true) {
+            let mut data = fs::read(self.dir.path().join("data")).unwrap();
+            // QEMU makes it a whole number of clusters long.
+            data.truncate(self.model.len());
+            assert_same(
+                &data,
+                &self.model,
+                &format!("{what} {when}: the raw data file"),
+            );
+        }
         if let Some(snapshot) = &self.snapshot {
             self.extract(&plain, &["-l", "s"]);
             let seen = fs::read(&plain).unwrap();
@@ -425,7 +480,7 @@ impl Round {
         self.make();
         let turns = 3;
         // A shared cluster is counted twice.
-        let can_share = !self.options.contains("refcount_bits=1,");
+        let can_share = !self.options.contains("refcount_bits=1,") && self.data_file.is_none();
         let snapshot_at = if can_share && self.rng.one_in(3) {
             1
         } else {

@@ -193,7 +193,7 @@ fn every_header_field_is_checked() {
         (64, max64, "snapshots_offset"),
         (64, &[0, 0, 0, 0, 0, 0, 0, 3], "snapshots_offset"),
         (72, &[0x80, 0, 0, 0, 0, 0, 0, 0], "feature"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "data file"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "'data-file' is required"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 8], "compression_type"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 16], "cluster_bits"),
         (88, &[0, 0, 0, 0, 0, 0, 0, 1], "autoclear_features"),
@@ -224,17 +224,11 @@ fn every_header_field_is_checked() {
 fn features_that_are_not_there_are_named() {
     let dir = scratch();
     let path = dir.path().join("a.qcow2");
+    // The copy that is opened lies in another folder than the data file.
     let data = dir.path().join("a.data");
-    let data_option = format!("data_file={}", data.display());
-    let cases = [
-        ("extended_l2=on", "extended L2"),
-        (data_option.as_str(), "data file"),
-    ];
-    for (options, text) in cases {
-        create(&path, options, "1M");
-        let message = refused(&fs::read(&path).unwrap(), options).to_string();
-        assert!(message.contains(text), "{options}: {message}");
-    }
+    create(&path, &format!("data_file={}", data.display()), "1M");
+    let message = refused(&fs::read(&path).unwrap(), "a data file").to_string();
+    assert!(message.contains("outside the folders"), "{message}");
     let secret = "secret,id=s,data=x";
     for (format, text) in [("luks", "LUKS"), ("aes", "AES")] {
         let options = format!("encrypt.format={format},encrypt.key-secret=s");

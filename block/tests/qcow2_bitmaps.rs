@@ -529,3 +529,25 @@ fn extra_data_decides_whether_a_bitmap_can_be_used() {
         assert_eq!(flags, if compatible { 4 | 2 } else { 2 | 1 });
     }
 }
+
+#[test]
+fn a_commit_is_recorded_below() {
+    let dir = temp_dir();
+    let base = qemu_create(&dir, "base.qcow2", "", "4M");
+    bitmap(&base, &["--add"], "below");
+    let over = "backing_file=base.qcow2,backing_fmt=qcow2";
+    let path = qemu_create(&dir, "a.qcow2", over, "8M");
+    bitmap(&path, &["--add"], "above");
+    qemu_io(&path, &["write 1M 64k", "write 6M 64k", "write -z 2M 64k"]);
+    let disk = OpenOptions::new()
+        .writable_backing(1)
+        .open_disk(&path)
+        .unwrap();
+    block::maintenance::commit(&disk, 1, &mut |_| Ok(())).unwrap();
+    disk.close().unwrap();
+    assert_clean(&base, "committed");
+    assert_clean(&path, "committed");
+    let expected = [1u64, 2, 6].map(|at| (at << 20, (at << 20) + 65536));
+    assert_eq!(ranges(&open_read_only(&base), "below"), expected);
+    assert_eq!(ranges(&open_read_only(&path), "above"), expected);
+}

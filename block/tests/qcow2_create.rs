@@ -143,16 +143,32 @@ fn impossible_options_are_refused() {
     };
     let cases = [
         (
-            "extended L2",
+            "at least 16384 bytes",
             CreateOptions {
                 extended_l2: true,
+                cluster_size: 8192,
                 ..base.clone()
             },
         ),
         (
-            "external data file",
+            "Extended L2 entries are only supported with compatibility level 1.1",
+            CreateOptions {
+                extended_l2: true,
+                version: 2,
+                ..base.clone()
+            },
+        ),
+        (
+            "expected the file to be given",
             CreateOptions {
                 data_file: Some("x".into()),
+                ..base.clone()
+            },
+        ),
+        (
+            "data-file-raw requires data-file",
+            CreateOptions {
+                data_file_raw: true,
                 ..base.clone()
             },
         ),

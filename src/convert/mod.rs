@@ -1,5 +1,6 @@
 //! `platter convert`: copies disks between images and formats.
 
+mod bitmaps;
 mod compress;
 mod copy;
 mod scan;
@@ -13,7 +14,7 @@ use crate::{
     create::parse_size,
     image::{
         create::{self, CreateRequest},
-        open::{self, OpenHow, ShareArgs},
+        open::{self, OpenHow, ShareArgs, SnapshotChoice},
         spec::{ImageSpec, could_not_open},
     },
     util::{
@@ -97,6 +98,12 @@ pub(crate) struct ConvertArgs {
     /// Read errors of the source become zeroes
     #[arg(long)]
     salvage: bool,
+    /// Copy the persistent bitmaps of the source, too
+    #[arg(long)]
+    bitmaps: bool,
+    /// With --bitmaps: leave out inconsistent ones
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
     /// Copy offloading: accepted, without effect
     #[arg(short = 'C', long)]
     copy_range_offloading: bool,
@@ -158,6 +165,9 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
         return Err(Failure::new("Must specify image file name"));
     }
     let sources = open_sources(args, names, persona)?;
+    if args.bitmaps {
+        bitmaps::check_source(&sources, args.skip_broken_bitmaps, persona)?;
+    }
     let total: u64 = sources.iter().map(|(_, disk)| disk.size()).sum();
     if let Some(name) = &args.backing {
         options.take("backing_file");
@@ -226,6 +236,9 @@ fn check(args: &ConvertArgs) -> Outcome<()> {
     if args.target_image_opts && !args.no_create {
         return refuse("--target-image-opts requires use of -n flag");
     }
+    if args.skip_broken_bitmaps && !args.bitmaps {
+        return refuse("Use of --skip-broken-bitmaps requires --bitmaps");
+    }
     if args.copy_range_offloading && args.compress {
         return refuse("Cannot enable copy offloading when -c is used");
     }
@@ -273,11 +286,9 @@ fn open_snapshot(
     text: &str,
     persona: Persona,
 ) -> Outcome<Box<dyn AsyncDiskFile>> {
-    let mut pairs = KeyVals::parse(text, None);
-    let named = pairs.take("snapshot.name").or(pairs.take("snapshot.id"));
-    let name = named.unwrap_or_else(|| text.to_owned());
+    let chosen = SnapshotChoice::parse(text).map_err(Failure::new)?;
     let how = OpenHow {
-        snapshot: Some(name.clone()),
+        snapshot: Some(chosen.clone()),
         ..how.clone()
     };
     // A name that is not there is told apart from a file that is not.
@@ -287,10 +298,7 @@ fn open_snapshot(
         ..how.clone()
     };
     let snapshots = open::open(spec, &current, persona)?.info().snapshots;
-    if snapshots
-        .iter()
-        .all(|one| one.name != name && one.id != name)
-    {
+    if !snapshots.iter().any(|one| chosen.is(one)) {
         return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
     }
     open::open(spec, &how, persona)
@@ -355,6 +363,9 @@ fn fill(
             "Compression not supported for this file format",
         ));
     }
+    if args.bitmaps {
+        bitmaps::check_target(&*disk)?;
+    }
     let size = sources
         .last()
         .map_or(0, |(start, disk)| start + disk.size());
@@ -394,6 +405,9 @@ fn fill(
         compress::run(&job, &progress)?;
     } else {
         copy::run(&job, &progress)?;
+    }
+    if let (true, [(_, source)]) = (args.bitmaps, job.sources.as_slice()) {
+        bitmaps::copy(&**source, &*job.target, persona)?;
     }
     let failed = |error: block::Error| Failure::new(error.to_string());
     job.target.flush().map_err(failed)?;

@@ -58,6 +58,8 @@ const QCOW2_KEYS: &[&str] = &[
     "cluster_size",
     "compat",
     "compression_type",
+    "data_file",
+    "data_file_raw",
     "extended_l2",
     "lazy_refcounts",
     "preallocation",
@@ -76,6 +78,8 @@ Supported qcow2 options:
   cluster_size=<size>    - qcow2 cluster size
   compat=<str>           - Compatibility level (v2 [0.10] or v3 [1.1])
   compression_type=<str> - Compression method used for image cluster compression
+  data_file=<str>        - File name of an external data file
+  data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image
   extended_l2=<bool (on/off)> - Extended L2 tables
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
@@ -117,6 +121,8 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
     let refcount_bits = sized(options, "refcount_bits")?;
     let lazy = switch(options, "lazy_refcounts")?;
     let extended = switch(options, "extended_l2")?;
+    wanted.data_file = options.take("data_file");
+    wanted.data_file_raw = switch(options, "data_file_raw")?.unwrap_or(false);
     let compat = options.take("compat");
     let compression = options.take("compression_type");
     let preallocation = options.take("preallocation");
@@ -148,9 +154,7 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
     wanted.cluster_size = cluster_size.unwrap_or(65536);
     wanted.refcount_bits = u32::try_from(refcount_bits.unwrap_or(16)).unwrap_or(u32::MAX);
     wanted.lazy_refcounts = lazy.unwrap_or(false);
-    if extended == Some(true) {
-        return Err(Failure::new("Extended L2 entries are not supported yet"));
-    }
+    wanted.extended_l2 = extended.unwrap_or(false);
     Ok(Plan {
         path: request.path,
         format: request.format,
@@ -223,7 +227,11 @@ impl Plan {
         let qcow2 = &self.qcow2;
         let is_qcow2 = self.format == Format::Qcow2;
         if is_qcow2 {
-            line += &format!(" cluster_size={} extended_l2=off", qcow2.cluster_size);
+            let extended = if qcow2.extended_l2 { "on" } else { "off" };
+            line += &format!(
+                " cluster_size={} extended_l2={extended}",
+                qcow2.cluster_size
+            );
         }
         if let Some(mode) = self.preallocation.as_ref().filter(|_| is_qcow2) {
             line += &format!(" preallocation={mode}");
@@ -237,6 +245,9 @@ impl Plan {
         }
         if let Some(backing) = &qcow2.backing_file {
             line += &format!(" backing_file={backing}");
+        }
+        if let Some(name) = &qcow2.data_file {
+            line += &format!(" data_file={name}");
         }
         if let Some(format) = &qcow2.backing_format {
             line += &format!(" backing_fmt={format}");
@@ -342,17 +353,6 @@ impl Plan {
         }
         if qcow2.backing_format.is_some() && qcow2.backing_file.is_none() {
             return refuse("Backing format cannot be used without backing file");
-        }
-        if qcow2.backing_file.is_some()
-            && !matches!(
-                qcow2.preallocation,
-                Preallocation::Off | Preallocation::Metadata
-            )
-        {
-            return refuse(
-                "Backing file and preallocation can only be used at the same time if extended_l2 \
-                 is enabled",
-            );
         }
         Ok(())
     }

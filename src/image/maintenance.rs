@@ -18,8 +18,10 @@ use block::{
         snapshot::ops::{self, NewSnapshot},
     },
     io::AlignedBuf,
-    offline::{OfflineOptions, with_file},
+    offline::{OfflineOptions, open_beside, with_file},
 };
+
+use crate::image::chain;
 
 /// Whether space is claimed in advance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +47,10 @@ pub(crate) struct Qcow2Create {
     pub(crate) version3: bool,
     pub(crate) lazy_refcounts: bool,
     pub(crate) zstd: bool,
+    pub(crate) extended_l2: bool,
+    /// The name of the data file.
+    pub(crate) data_file: Option<String>,
+    pub(crate) data_file_raw: bool,
     pub(crate) preallocation: Preallocation,
     pub(crate) backing_file: Option<String>,
     pub(crate) backing_format: Option<String>,
@@ -59,6 +65,9 @@ impl Default for Qcow2Create {
             version3: true,
             lazy_refcounts: false,
             zstd: false,
+            extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
@@ -87,12 +96,20 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         },
         backing_file: wanted.backing_file.clone().map(String::into_bytes),
         backing_format: wanted.backing_format.clone(),
+        extended_l2: wanted.extended_l2,
+        data_file: wanted.data_file.clone(),
+        data_file_raw: wanted.data_file_raw,
         ..CreateOptions::default()
     };
     // Before the file is cut.
     options.check()?;
     with_file(path, OfflineOptions::create(), async |io, file| {
-        create::create(io, file, &options).await
+        let Some(name) = &options.data_file else {
+            return create::create(io, file, &options).await;
+        };
+        let beside = chain::resolve(path, name);
+        let data = open_beside(io, &beside, OfflineOptions::create())?;
+        create::create_with_data_file(io, file, data, &options).await
     })
 }
 

@@ -1,6 +1,7 @@
 //! Images on the command line: naming them, opening them, making them. What these modules call in
 //! the `block` crate is called nowhere else in the program.
 
+pub(crate) mod bitmaps;
 pub(crate) mod chain;
 pub(crate) mod create;
 pub(crate) mod maintenance;

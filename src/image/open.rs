@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
-    FileGate, Format, Locking, OpenOptions, io::EngineKind,
+    FileGate, Format, Locking, OpenOptions, image::SnapshotInfo, io::EngineKind,
 };
 use clap::Args;
 
@@ -47,16 +47,60 @@ pub(crate) struct OpenHow {
     pub(crate) no_backing: bool,
     /// Use this backing file, whatever the header names.
     pub(crate) backing: Option<ImageSpec>,
+    /// Use this data file, whatever the header names.
+    pub(crate) data_file: Option<String>,
+    /// Discarded clusters stay with their guest clusters.
+    pub(crate) discard_no_unref: bool,
     /// The format of the backing file that the header names.
     pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
-    pub(crate) snapshot: Option<String>,
+    pub(crate) snapshot: Option<SnapshotChoice>,
     /// Complete a change only when killing the process cannot lose it.
     pub(crate) restartable: bool,
     /// Open the image so many levels below for writing, too; 0 for none.
     pub(crate) writable_backing: usize,
     /// Open files that the image names only if its own format was named.
     pub(crate) named_files_need_format: bool,
+}
+
+/// Which internal snapshot is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SnapshotChoice {
+    /// By id or else by name.
+    Either(String),
+    /// By id, by name, or both: all that is given must match.
+    Exactly {
+        id: Option<String>,
+        name: Option<String>,
+    },
+}
+
+impl SnapshotChoice {
+    /// Reads `snapshot.id=ID,snapshot.name=NAME`, one of them, or a bare id or name.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        if !text.starts_with("snapshot.") {
+            return Ok(Self::Either(text.to_owned()));
+        }
+        let mut pairs = KeyVals::parse(text, None);
+        let (id, name) = (pairs.take("snapshot.id"), pairs.take("snapshot.name"));
+        match pairs.first_key() {
+            None => Ok(Self::Exactly { id, name }),
+            Some(key) => Err(format!(
+                "Invalid parameter '{key}'\nFailed in parsing snapshot param '{text}'"
+            )),
+        }
+    }
+
+    /// Whether it is this one.
+    pub(crate) fn is(&self, snapshot: &SnapshotInfo) -> bool {
+        match self {
+            Self::Either(text) => snapshot.id == *text || snapshot.name == *text,
+            Self::Exactly { id, name } => {
+                id.as_ref().is_none_or(|id| snapshot.id == *id)
+                    && name.as_ref().is_none_or(|name| snapshot.name == *name)
+            }
+        }
+    }
 }
 
 impl OpenHow {
@@ -143,6 +187,7 @@ pub(crate) fn open_disk_quietly(
         .detect_zeroes(how.detect_zeroes)
         .no_backing(how.no_backing)
         .restartable(how.restartable)
+        .discard_no_unref(how.discard_no_unref)
         .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
@@ -164,8 +209,15 @@ pub(crate) fn open_disk_quietly(
     if let Some(bytes) = caches.bytes {
         open = open.metadata_cache_size(bytes);
     }
-    if let Some(name) = &how.snapshot {
-        open = open.snapshot(name);
+    open = match &how.snapshot {
+        None => open,
+        Some(SnapshotChoice::Either(text)) => open.snapshot(text),
+        Some(SnapshotChoice::Exactly { id, name }) => {
+            open.snapshot_by(id.as_deref(), name.as_deref())
+        }
+    };
+    if let Some(path) = &how.data_file {
+        open = open.data_file(Path::new(path));
     }
     if let Some(format) = how.backing_format {
         open = open.backing_format(format);
@@ -200,6 +252,9 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     }
     if let Some(direct) = switch("cache.direct")?.or(switch("file.cache.direct")?) {
         how.direct = direct;
+    }
+    if let Some(keep) = switch("discard-no-unref")? {
+        how.discard_no_unref = keep;
     }
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
@@ -251,6 +306,10 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
                 ));
             }
         };
+    }
+    options.take("data-file.driver");
+    if let Some(path) = options.take("data-file.filename") {
+        how.data_file = Some(path);
     }
     let backing = (
         options.take("backing.driver"),
@@ -324,10 +383,15 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
     }
     let text = match of_host {
         Some(text) if persona.is_qemu() => format!("Could not open '{}': {text}", file.display()),
-        _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => format!(
-            "Failed to get \"write\" lock\nIs another process using the image [{}]?",
-            file.display()
-        ),
+        _ if error.kind() == ErrorKind::Locked && persona.is_qemu() => {
+            let text = error.message();
+            let end = text.find(" (is another").unwrap_or(text.len());
+            format!(
+                "{}\nIs another process using the image [{}]?",
+                &text[..end],
+                file.display()
+            )
+        }
         _ if persona.is_qemu() => {
             // The library adds which field has which value.
             let text = error.message();

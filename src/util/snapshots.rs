@@ -34,7 +34,7 @@ fn line(snapshot: &SnapshotInfo) -> String {
         snapshot.vm_clock_nsec / 1_000_000 % 1000
     );
     format!(
-        "{:<7} {:<16} {:>8} {date:>20} {clock:>15} {:>10}",
+        "{:<7} {:<16} {:>8} {date:>19} {clock:>15} {:>10}",
         snapshot.id,
         snapshot.name,
         size::human(snapshot.vm_state_size),
@@ -60,6 +60,6 @@ mod tests {
             ..SnapshotInfo::default()
         });
         assert_eq!(&text[..33], "1       foo                   0 B");
-        assert_eq!(&text[54..], "  0001:02:03.004          0");
+        assert_eq!(&text[53..], "  0001:02:03.004          0");
     }
 }

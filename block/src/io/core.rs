@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
 };
 
@@ -20,13 +20,16 @@ pub enum FileRole {
     RawData,
     /// Clusters of a format, or a backing file: what is missing reads as zeroes.
     Clusters,
+    /// A data file that is a raw disk by itself: what is missing reads as zeroes, and the length, which
+    /// is that of the disk already, is never changed by a write.
+    RawClusters,
 }
 
 /// A host file of a disk and what belongs to it.
 #[derive(Debug)]
 pub(crate) struct FileEntry {
     pub(crate) file: Arc<HostFile>,
-    raw_data: AtomicBool,
+    role: AtomicU8,
     /// Writes in flight, where direct I/O makes that matter.
     pub(crate) ranges: Option<RangeTable>,
     pub(crate) sync: Coalescer,
@@ -39,22 +42,20 @@ impl FileEntry {
     pub(crate) fn eof(&self) -> Eof {
         match self.role() {
             FileRole::RawData => Eof::Error,
-            FileRole::Clusters => Eof::Zeroes,
+            FileRole::Clusters | FileRole::RawClusters => Eof::Zeroes,
         }
     }
 
     pub(crate) fn role(&self) -> FileRole {
-        if self.raw_data.load(Ordering::Acquire) {
-            FileRole::RawData
-        } else {
-            FileRole::Clusters
+        match self.role.load(Ordering::Acquire) {
+            0 => FileRole::RawData,
+            1 => FileRole::Clusters,
+            _ => FileRole::RawClusters,
         }
     }
 
-    /// Says what the file is used for, once its format is known.
     pub(crate) fn set_role(&self, role: FileRole) {
-        self.raw_data
-            .store(role == FileRole::RawData, Ordering::Release);
+        self.role.store(role as u8, Ordering::Release);
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -94,7 +95,7 @@ impl DiskCore {
         let entry = FileEntry {
             ranges: (file.is_direct() && file.is_writable()).then(RangeTable::default),
             file: Arc::new(file),
-            raw_data: AtomicBool::new(role == FileRole::RawData),
+            role: AtomicU8::new(role as u8),
             sync: Coalescer::default(),
             sync_failed: AtomicBool::new(false),
         };

@@ -307,7 +307,7 @@ impl HostFile {
     /// 200+n for permissions not shared.
     ///
     /// # Errors
-    /// [`LockError::Conflict`] when another process holds a conflicting lock.
+    /// [`LockError::NotShared`] and [`LockError::InUse`] when another process is in the way.
     pub fn lock(&self, held: u64, not_shared: u64) -> Result<(), LockError> {
         match &self.backend {
             Backend::Os(file) => {

@@ -134,8 +134,10 @@ pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<(u64, u64
 /// Why a lock was not taken.
 #[derive(Debug)]
 pub enum LockError {
-    /// Another process holds a conflicting lock on this byte.
-    Conflict(u64),
+    /// Another process does not share a permission that is asked for.
+    NotShared(&'static str),
+    /// Another process has a permission that is not to be shared.
+    InUse(&'static str),
     /// The file system has no locks.
     Unsupported(io::Error),
     /// The host failed.
@@ -146,8 +148,8 @@ pub enum LockError {
 const HELD_BASE: i64 = 100;
 /// First byte of the locks for permissions that are not shared.
 const NOT_SHARED_BASE: i64 = 200;
-/// Permissions that QEMU knows: consistent read, write, write unchanged, resize, and one retired.
-const PERMISSIONS: u32 = 5;
+/// Permissions as QEMU numbers and names them. A fifth number is retired.
+const PERMISSIONS: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
 
 fn flock(kind: libc::c_int, start: i64, len: i64) -> libc::flock {
     // SAFETY: `flock` is plain data for which all zero bytes are valid.
@@ -169,10 +171,12 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
     }
 }
 
-fn set_shared(file: &File, byte: i64) -> Result<(), LockError> {
+/// Takes a lock that others may take too; only somebody who knows nothing of all this, and locked
+/// the byte for himself, is in the way.
+fn set_shared(file: &File, byte: i64, name: &'static str) -> Result<(), LockError> {
     let mut lock = flock(libc::F_RDLCK, byte, 1);
     fcntl_lock(file, libc::F_OFD_SETLK, &mut lock).map_err(|error| match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => LockError::Conflict(byte as u64),
+        Some(libc::EAGAIN | libc::EACCES) => LockError::NotShared(name),
         Some(libc::ENOLCK | libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP) => {
             LockError::Unsupported(error)
         }
@@ -190,24 +194,25 @@ fn is_locked_by_other(file: &File, byte: i64) -> Result<bool, LockError> {
 /// Takes the locks of the permissions in the two masks, then looks for conflicts: somebody who
 /// does not share what is held, or holds what is not shared.
 pub(crate) fn lock_permissions(file: &File, held: u64, not_shared: u64) -> Result<(), LockError> {
+    let named = |mask: u64| {
+        let bits = (0..).zip(PERMISSIONS);
+        bits.filter(move |(n, _)| mask & 1 << n != 0)
+    };
     let take_all = || {
-        for n in 0..PERMISSIONS {
-            let bit = 1u64 << n;
-            if held & bit != 0 {
-                set_shared(file, HELD_BASE + i64::from(n))?;
-            }
-            if not_shared & bit != 0 {
-                set_shared(file, NOT_SHARED_BASE + i64::from(n))?;
+        for (n, name) in named(held) {
+            set_shared(file, HELD_BASE + n, name)?;
+        }
+        for (n, name) in named(not_shared) {
+            set_shared(file, NOT_SHARED_BASE + n, name)?;
+        }
+        for (n, name) in named(held) {
+            if is_locked_by_other(file, NOT_SHARED_BASE + n)? {
+                return Err(LockError::NotShared(name));
             }
         }
-        for n in 0..PERMISSIONS {
-            let bit = 1u64 << n;
-            let refused =
-                held & bit != 0 && is_locked_by_other(file, NOT_SHARED_BASE + i64::from(n))?;
-            let in_use =
-                not_shared & bit != 0 && is_locked_by_other(file, HELD_BASE + i64::from(n))?;
-            if refused || in_use {
-                return Err(LockError::Conflict(u64::from(n)));
+        for (n, name) in named(not_shared) {
+            if is_locked_by_other(file, HELD_BASE + n)? {
+                return Err(LockError::InUse(name));
             }
         }
         Ok(())

@@ -348,7 +348,7 @@ impl Io {
         self.write_now(file, start, segments, Some(buffer), dsync)
             .await?;
         let wanted = file_len.max(offset + len);
-        if entry.role() == super::FileRole::RawData && end > wanted {
+        if entry.role() != super::FileRole::Clusters && end > wanted {
             // Direct I/O wrote whole blocks; a raw image keeps its length.
             self.set_len(file, wanted).await?;
         }

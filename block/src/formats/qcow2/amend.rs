@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use super::{
     header::{Autoclear, Compatible, ExtensionType, Header, Incompatible, MAX_REFCOUNT_TABLE_SIZE},
-    l2::{COPIED, Entry, Geometry, OFFSET_MASK, data_entry, decode},
+    l2::{COPIED, Entry, Geometry, L2Entry, OFFSET_MASK, decode},
     refcount::{Refcounts, read_count, write_count},
     snapshot::{
         SnapshotTable,
@@ -207,7 +207,7 @@ async fn expand_zeroes(
     step: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let backed = header.backing_file.is_some();
-    let geometry = Geometry::new(header.cluster_bits, header.version);
+    let geometry = Geometry::of(header);
     let mut editor = Editor::new(io, file, header, counts);
     let active = editor.active_l1().await?;
     let entries = |table: &super::snapshot::Snapshot| u64::from(table.l1_size);
@@ -275,7 +275,10 @@ impl ZeroTable<'_> {
     async fn expand(&mut self, table: &mut AlignedBuf) -> Result<bool> {
         let mut changed = false;
         for (index, bytes) in table.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let raw = u64::from_be_bytes(*bytes);
+            let raw = L2Entry {
+                word: u64::from_be_bytes(*bytes),
+                bitmap: 0,
+            };
             let Entry::Zero { host, .. } = decode(raw, index as u64, &self.geometry)? else {
                 continue;
             };
@@ -314,11 +317,7 @@ impl ZeroTable<'_> {
         let zeroes = AlignedBuf::zeroed(self.geometry.cluster_size() as usize);
         self.io.write(self.file, host, zeroes).await?;
         let alone = self.active && self.references == 1;
-        Ok(if alone {
-            data_entry(host)
-        } else {
-            host & !COPIED
-        })
+        Ok(if alone { host | COPIED } else { host & !COPIED })
     }
 }
 

@@ -2,8 +2,8 @@
 //! blocks, L1 table; with preallocation L2 tables and data clusters follow.
 
 use super::header::{
-    Compatible, CompressionType, CryptMethod, ExtensionType, Header, MAX_L1_SIZE,
-    MAX_REFCOUNT_TABLE_SIZE,
+    Autoclear, Compatible, CompressionType, CryptMethod, ExtensionType, Header, Incompatible,
+    MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE,
 };
 use crate::{
     Error, FileId, Result,
@@ -75,10 +75,12 @@ pub struct CreateOptions {
     pub backing_file: Option<Vec<u8>>,
     /// The backing file's format name to record.
     pub backing_format: Option<String>,
-    /// Refused for now: subclusters.
+    /// L2 entries of 128 bits, which divide a cluster into 32 subclusters.
     pub extended_l2: bool,
-    /// Refused for now: an external data file of that name.
+    /// The name to record of the file that guest data goes to.
     pub data_file: Option<String>,
+    /// That file is a raw disk by itself. Takes at least the preallocation of metadata.
+    pub data_file_raw: bool,
     /// How guest data is encrypted.
     pub encrypt: Option<Encrypt>,
 }
@@ -97,12 +99,27 @@ impl Default for CreateOptions {
             backing_format: None,
             extended_l2: false,
             data_file: None,
+            data_file_raw: false,
             encrypt: None,
         }
     }
 }
 
+/// The smallest cluster that has room for 32 subclusters of 512 bytes.
+const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
+
+/// The longest name of a data file: that of a path.
+const MAX_DATA_FILE_NAME: usize = 4095;
+
 impl CreateOptions {
+    /// What is preallocated: a raw data file needs all of its mapping.
+    fn takes(&self) -> Preallocation {
+        match self.preallocation {
+            Preallocation::Off if self.data_file_raw => Preallocation::Metadata,
+            taken => taken,
+        }
+    }
+
     /// Checks the options against each other. The messages are QEMU's.
     ///
     /// # Errors
@@ -110,17 +127,6 @@ impl CreateOptions {
     /// [`Unsupported`](crate::ErrorKind::Unsupported) naming the feature.
     pub fn check(&self) -> Result<()> {
         let invalid = |message: &str| Err(Error::invalid_argument(message));
-        let refuse = |feature: &str| {
-            Err(Error::unsupported(format!(
-                "Unsupported qcow2 feature(s): {feature}"
-            )))
-        };
-        if self.extended_l2 {
-            return refuse("extended L2 entries");
-        }
-        if self.data_file.is_some() {
-            return refuse("external data file");
-        }
         if let Some(Encrypt::Luks { options, .. }) = &self.encrypt {
             options.check()?;
         }
@@ -135,7 +141,64 @@ impl CreateOptions {
         if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
             return invalid("Refcount width must be a power of two and may not exceed 64 bits");
         }
+        if self.extended_l2 && self.cluster_size < MIN_EXTENDED_CLUSTER {
+            return Err(Error::invalid_argument(format!(
+                "Extended L2 entries are only supported with cluster sizes of at least \
+                 {MIN_EXTENDED_CLUSTER} bytes"
+            )));
+        }
+        self.check_data_file()?;
+        self.check_version()?;
+        if self.preallocation != Preallocation::Off
+            && self.backing_file.is_some()
+            && !self.extended_l2
+        {
+            return invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if self.backing_format.is_some() && self.backing_file.is_none() {
+            return invalid("Backing format cannot be used without backing file");
+        }
+        Ok(())
+    }
+
+    fn check_data_file(&self) -> Result<()> {
+        let invalid = |message: &str| Err(Error::invalid_argument(message));
+        if self.data_file_raw && self.data_file.is_none() {
+            return invalid("data-file-raw requires data-file");
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return invalid("Backing file and data-file-raw cannot be used at the same time");
+        }
+        if let Some(name) = &self.data_file
+            && (name.is_empty() || name.len() > MAX_DATA_FILE_NAME)
+        {
+            return Err(Error::invalid_argument(format!(
+                "data file name of {} bytes, expected 1 to {MAX_DATA_FILE_NAME}",
+                name.len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Refuses what version 2 has no place for.
+    fn check_version(&self) -> Result<()> {
+        let invalid = |message: &str| Err(Error::invalid_argument(message));
         if self.version < 3 {
+            if self.extended_l2 {
+                return invalid(
+                    "Extended L2 entries are only supported with compatibility level 1.1 and above \
+                     (use version=v3 or greater)",
+                );
+            }
+            if self.data_file.is_some() {
+                return invalid(
+                    "External data files are only supported with compatibility level 1.1 and above \
+                     (use version=v3 or greater)",
+                );
+            }
             if self.refcount_bits != 16 {
                 return invalid(
                     "Different refcount widths than 16 bits require compatibility level 1.1 or \
@@ -155,15 +218,6 @@ impl CreateOptions {
                 );
             }
         }
-        if self.preallocation != Preallocation::Off && self.backing_file.is_some() {
-            return invalid(
-                "Backing file and preallocation can only be used at the same time if extended_l2 \
-                 is on",
-            );
-        }
-        if self.backing_format.is_some() && self.backing_file.is_none() {
-            return invalid("Backing format cannot be used without backing file");
-        }
         Ok(())
     }
 }
@@ -172,6 +226,9 @@ impl CreateOptions {
 struct Layout {
     cluster_bits: u32,
     refcount_order: u32,
+    extended: bool,
+    /// Data clusters are in a file of their own, each at its guest offset.
+    data_file: bool,
     table_clusters: u64,
     blocks: u64,
     l1_at: u64,
@@ -204,12 +261,14 @@ impl Layout {
         } else {
             (0, 0)
         };
+        let data_file = header.has(Incompatible::DATA_FILE);
+        let counted_data = if data_file { 0 } else { data_clusters };
         // Blocks cover everything, themselves and the table included: grow both until they do.
         let block_bits = header.refcount_block_bits();
         let (mut table_clusters, mut blocks) = (1, 1);
         let end = loop {
             let tables = 1 + table_clusters + blocks + l1_clusters + crypto_clusters + l2_tables;
-            let end = tables + data_clusters;
+            let end = tables + counted_data;
             let needed_blocks = end.div_ceil(1 << block_bits);
             let needed_table = (needed_blocks * 8).div_ceil(cluster_size);
             if needed_blocks <= blocks && needed_table <= table_clusters {
@@ -231,6 +290,8 @@ impl Layout {
         Ok(Self {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
+            extended: header.has(Incompatible::EXTENDED_L2),
+            data_file,
             table_clusters,
             blocks,
             l1_at,
@@ -246,6 +307,14 @@ impl Layout {
 
     fn offset(&self, cluster: u64) -> u64 {
         cluster << self.cluster_bits
+    }
+
+    /// The L2 entry of a preallocated cluster, and its bitmap: no subcluster has data yet.
+    fn l2_entry(&self, cluster: u64, flag: u64) -> [u64; 2] {
+        let first = if self.data_file { 0 } else { self.data_at };
+        // A bitmap without any bit says that nothing is there yet, encrypted or not.
+        let flag = if self.extended { 0 } else { flag };
+        [self.offset(first + cluster) | COPIED | flag, 0]
     }
 }
 
@@ -285,6 +354,34 @@ impl TableWriter<'_> {
 /// # Errors
 /// As [`CreateOptions::check`], and the host's.
 pub async fn create(io: &Io, file: FileId, options: &CreateOptions) -> Result<()> {
+    if options.data_file.is_some() {
+        return Err(Error::invalid_argument(
+            "data file: expected the file to be given along with its name",
+        ));
+    }
+    create_in(io, file, file, options).await
+}
+
+/// Writes a new image to `file` whose guest data will be in `data`, a file that is empty, holds the
+/// data of a raw disk already, or is a block device. It gets the size of the disk.
+///
+/// # Errors
+/// As [`create`].
+pub async fn create_with_data_file(
+    io: &Io,
+    file: FileId,
+    data: FileId,
+    options: &CreateOptions,
+) -> Result<()> {
+    if options.data_file.is_none() {
+        return Err(Error::invalid_argument(
+            "data file: expected a name for it along with the file",
+        ));
+    }
+    create_in(io, file, data, options).await
+}
+
+async fn create_in(io: &Io, file: FileId, data: FileId, options: &CreateOptions) -> Result<()> {
     options.check()?;
     let (header, layout) = plan(options)?;
     let end = layout.offset(layout.end);
@@ -301,7 +398,22 @@ pub async fn create(io: &Io, file: FileId, options: &CreateOptions) -> Result<()
         let at = layout.offset(layout.crypto_at);
         Volume::create(io, file, at, *options, secret).await?;
     }
-    reserve_data(io, file, &layout, options.preallocation, was_empty).await?;
+    if layout.data_file {
+        let start = 0;
+        let len = header.size;
+        if io.file_len(data)? < len {
+            io.set_len(data, len).await?;
+        }
+        reserve_data(io, data, start, len, options.preallocation).await?;
+        io.sync(data).await?;
+    } else {
+        let start = layout.offset(layout.data_at);
+        let len = layout.offset(layout.data_clusters);
+        reserve_data(io, file, start, len, options.preallocation).await?;
+        if !was_empty && options.preallocation != Preallocation::Full {
+            clear_data(io, file, start, len).await?;
+        }
+    }
     io.sync(file).await?;
     let mut bytes = header.to_bytes()?;
     if !was_empty {
@@ -328,6 +440,19 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
             .compatible_features
             .insert(Compatible::LAZY_REFCOUNTS);
     }
+    if options.extended_l2 {
+        header
+            .incompatible_features
+            .insert(Incompatible::EXTENDED_L2);
+    }
+    if let Some(name) = &options.data_file {
+        header.incompatible_features.insert(Incompatible::DATA_FILE);
+        if options.data_file_raw {
+            header.autoclear_features.insert(Autoclear::DATA_FILE_RAW);
+        }
+        let name = name.as_bytes().to_vec();
+        header.set_extension(ExtensionType::DATA_FILE, Some(name));
+    }
     header.set_backing(
         options.backing_file.as_deref(),
         options.backing_format.as_deref(),
@@ -343,7 +468,7 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
             options.header_len()
         }
     };
-    let preallocate = options.preallocation != Preallocation::Off;
+    let preallocate = options.takes() != Preallocation::Off;
     let layout = Layout::new(&header, crypto_len, preallocate)?;
     if crypto_len > 0 {
         let at = layout.offset(layout.crypto_at);
@@ -448,11 +573,13 @@ async fn write_tables(
     out.finish().await?;
 
     out.at = layout.offset(layout.l2_at);
+    let words = if layout.extended { 2 } else { 1 };
     for cluster in 0..layout.data_clusters {
-        let entry = layout.offset(layout.data_at + cluster) | COPIED | flag;
-        out.put(&entry.to_be_bytes()).await?;
+        for word in &layout.l2_entry(cluster, flag)[..words] {
+            out.put(&word.to_be_bytes()).await?;
+        }
     }
-    let written = layout.data_clusters as usize * 8;
+    let written = layout.data_clusters as usize * 8 * words;
     out.put(&vec![0; rounded(written) - written]).await?;
     out.finish().await
 }
@@ -476,36 +603,35 @@ fn refcount_ones(len: usize, order: u32) -> Vec<u8> {
     }
 }
 
+/// Takes host space for the data clusters.
 async fn reserve_data(
     io: &Io,
     file: FileId,
-    layout: &Layout,
+    start: u64,
+    len: u64,
     preallocation: Preallocation,
-    was_empty: bool,
 ) -> Result<()> {
-    let start = layout.offset(layout.data_at);
-    let len = layout.offset(layout.data_clusters);
+    match preallocation {
+        _ if len == 0 => Ok(()),
+        Preallocation::Falloc => {
+            io.fallocate(file, FallocateMode::Allocate, 0, start + len)
+                .await
+        }
+        Preallocation::Full => write_zeroes(io, file, start, len).await,
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+    }
+}
+
+/// The guest must not see what a block device held before.
+async fn clear_data(io: &Io, file: FileId, start: u64, len: u64) -> Result<()> {
     if len == 0 {
         return Ok(());
     }
-    match preallocation {
-        Preallocation::Falloc => {
-            io.fallocate(file, FallocateMode::Allocate, 0, start + len)
-                .await?;
-        }
-        Preallocation::Full => return write_zeroes(io, file, start, len).await,
-        Preallocation::Off | Preallocation::Metadata => {}
+    let mode = FallocateMode::ZeroRange;
+    match io.fallocate(file, mode, start, len).await {
+        Ok(()) => Ok(()),
+        Err(_) => write_zeroes(io, file, start, len).await,
     }
-    // The guest must not see what a block device held before.
-    if !was_empty
-        && io
-            .fallocate(file, FallocateMode::ZeroRange, start, len)
-            .await
-            .is_err()
-    {
-        return write_zeroes(io, file, start, len).await;
-    }
-    Ok(())
 }
 
 async fn write_zeroes(io: &Io, file: FileId, mut at: u64, mut len: u64) -> Result<()> {

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     Result,
     io::{FallocateMode, Io},
-    sync::lock,
+    sync::{join_all, lock},
     table::{SliceChange, TableSlice},
 };
 
@@ -212,7 +212,7 @@ impl Qcow2 {
             .map(|slice| (slice.host_offset, slice.copy_for_writing()))
             .collect();
         self.write_refcounts(io).await?;
-        io.sync(self.file).await?;
+        self.sync_files(io).await?;
         self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
             write_pieces(io, self.file, copies).await?;
@@ -235,6 +235,16 @@ impl Qcow2 {
         }
         self.reclaim(io).await;
         Ok(())
+    }
+
+    /// Makes everything durable that the tables about to be written rely on, in every file.
+    async fn sync_files(&self, io: &Io) -> Result<()> {
+        let mut files = vec![self.file];
+        if self.data_file != self.file {
+            files.push(self.data_file);
+        }
+        let syncs = files.into_iter().map(|file| io.sync(file));
+        join_all(syncs).await.into_iter().collect()
     }
 
     /// Writes changed reference counts, in their order.

@@ -1,5 +1,10 @@
-//! L2 entries of 64 bits and the arithmetic of an image's tables (specification: "Cluster mapping").
+//! L2 entries, standard and extended, and the arithmetic of an image's tables (specification:
+//! "Cluster mapping", "Extended L2 Entries").
+//!
+//! A cluster is made of *units*: what can be allocated, or be zero, by itself. With extended entries
+//! these are its 32 subclusters, otherwise the cluster itself is the only one.
 
+use super::header::{Header, Incompatible, be64};
 use crate::{Error, GuestOffset, GuestRange, Result};
 
 /// Bit 63 of L1 and L2 entries: the reference count is exactly one.
@@ -16,7 +21,10 @@ const COMPRESSED_SECTOR: u64 = 512;
 /// Bytes of a table slice at most: the unit of the metadata cache.
 const MAX_SLICE_BYTES: u64 = 4096;
 
-/// Sizes of an image's clusters and tables, as shifts.
+/// Subclusters of a cluster with an extended entry, as a power of two.
+const SUBCLUSTER_BITS: u32 = 5;
+
+/// Sizes of an image's clusters and tables, as shifts, and what its entries can say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
     pub(super) cluster_bits: u32,
@@ -26,17 +34,87 @@ pub(super) struct Geometry {
     pub(super) slice_bits: u32,
     /// Whether clusters can be marked as zero (version 3).
     pub(super) zero_flag: bool,
+    /// L2 entries have 128 bits and describe subclusters.
+    pub(super) extended: bool,
+    /// Guest data is in a file of its own: it has no reference counts, and offset 0 is a place like
+    /// others.
+    pub(super) data_file: bool,
 }
 
 impl Geometry {
+    /// Standard entries, guest data in the image itself.
+    #[cfg(test)]
     pub(super) fn new(cluster_bits: u32, version: u32) -> Self {
+        Self::with(cluster_bits, version, false, false)
+    }
+
+    /// That of an image.
+    pub(super) fn of(header: &Header) -> Self {
+        Self::with(
+            header.cluster_bits,
+            header.version,
+            header.has(Incompatible::EXTENDED_L2),
+            header.has(Incompatible::DATA_FILE),
+        )
+    }
+
+    fn with(cluster_bits: u32, version: u32, extended: bool, data_file: bool) -> Self {
         let slice = MAX_SLICE_BYTES.min(1 << cluster_bits);
+        let entry_bits = 3 + u32::from(extended);
         Self {
             cluster_bits,
-            l2_bits: cluster_bits - 3,
-            slice_bits: slice.trailing_zeros() - 3,
+            l2_bits: cluster_bits - entry_bits,
+            slice_bits: slice.trailing_zeros() - entry_bits,
             zero_flag: version >= 3,
+            extended,
+            data_file,
         }
+    }
+
+    /// Bytes of an L2 entry.
+    pub(super) fn entry_bytes(&self) -> u64 {
+        if self.extended { 16 } else { 8 }
+    }
+
+    /// The size of a unit, as a power of two.
+    pub(super) fn unit_bits(&self) -> u32 {
+        if self.extended {
+            self.cluster_bits - SUBCLUSTER_BITS
+        } else {
+            self.cluster_bits
+        }
+    }
+
+    /// Bytes of a unit.
+    pub(super) fn unit(&self) -> u64 {
+        1 << self.unit_bits()
+    }
+
+    /// All units of a cluster.
+    pub(super) fn all_units(&self) -> Units {
+        if self.extended {
+            Units(u32::MAX)
+        } else {
+            Units(1)
+        }
+    }
+
+    /// The units from `start` to `end`, bytes inside one cluster, that lie there at least in part.
+    pub(super) fn units(&self, start: u64, end: u64) -> Units {
+        Units::range(
+            (start >> self.unit_bits()) as u32,
+            end.div_ceil(self.unit()) as u32,
+        )
+    }
+
+    /// The entries of a whole table, or of a part of it.
+    pub(super) fn entries(&self, table: &[u8]) -> impl Iterator<Item = L2Entry> {
+        table
+            .chunks_exact(self.entry_bytes() as usize)
+            .map(|bytes| L2Entry {
+                word: be64(bytes, 0),
+                bitmap: if bytes.len() > 8 { be64(bytes, 8) } else { 0 },
+            })
     }
 
     pub(super) fn cluster_size(&self) -> u64 {
@@ -65,7 +143,7 @@ impl Geometry {
 
     /// Bytes of a slice.
     pub(super) fn slice_bytes(&self) -> u64 {
-        8 << self.slice_bits
+        self.entry_bytes() << self.slice_bits
     }
 
     /// The L1 index of a guest cluster.
@@ -107,6 +185,86 @@ impl Geometry {
     }
 }
 
+/// Units of one cluster, a bit for each; the first is bit 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Units(pub(super) u32);
+
+impl Units {
+    pub(super) const NONE: Self = Self(0);
+
+    /// The units from `start` to before `end`, at most 32.
+    pub(super) fn range(start: u32, end: u32) -> Self {
+        let below = |n: u32| u32::MAX.checked_shr(32 - n.min(32)).unwrap_or(0);
+        Self(below(end) & !below(start))
+    }
+
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether all of `other` are among them.
+    pub(super) fn contain(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The first unit.
+    pub(super) fn first(self) -> u32 {
+        self.0.trailing_zeros()
+    }
+
+    /// The first unit after the last one.
+    pub(super) fn end(self) -> u32 {
+        32 - self.0.leading_zeros()
+    }
+}
+
+/// An L2 entry as the table has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct L2Entry {
+    /// The entry itself.
+    pub(super) word: u64,
+    /// The second word of an extended entry: allocated subclusters in bits 0 to 31, zero ones in bits
+    /// 32 to 63. 0 in a standard entry.
+    pub(super) bitmap: u64,
+}
+
+impl L2Entry {
+    /// A cluster that reads as zeroes, with a host cluster kept for it where `host` is given.
+    pub(super) fn zero(host: Option<u64>, geometry: &Geometry) -> Self {
+        if geometry.extended {
+            Self {
+                word: host.map_or(0, |host| host | COPIED),
+                bitmap: u64::from(u32::MAX) << 32,
+            }
+        } else {
+            Self {
+                word: host.map_or(0, |host| host | COPIED) | ZERO,
+                bitmap: 0,
+            }
+        }
+    }
+
+    /// A cluster with one reference at `host`, of which these units are data and those are zero.
+    pub(super) fn of_units(host: u64, alloc: Units, zero: Units, geometry: &Geometry) -> Self {
+        Self {
+            word: host | COPIED,
+            bitmap: if geometry.extended {
+                u64::from(alloc.0) | u64::from(zero.0) << 32
+            } else {
+                0
+            },
+        }
+    }
+
+    /// The entry with other subclusters; only for extended entries.
+    pub(super) fn with_units(self, alloc: Units, zero: Units) -> Self {
+        Self {
+            word: self.word,
+            bitmap: u64::from(alloc.0) | u64::from(zero.0) << 32,
+        }
+    }
+}
+
 /// What an L2 entry says of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Entry {
@@ -116,8 +274,92 @@ pub(super) enum Entry {
     Zero { host: Option<u64>, copied: bool },
     /// Data at a host offset.
     Data { host: u64, copied: bool },
+    /// Some subclusters are data, some zero, and the rest is the backing image's. Also a host cluster
+    /// without any data yet.
+    Mixed {
+        host: Option<u64>,
+        copied: bool,
+        alloc: Units,
+        zero: Units,
+    },
     /// Compressed data: where it starts and how many bytes to read, at most.
     Compressed(Compressed),
+}
+
+impl Entry {
+    /// The host cluster, where there is one as a whole.
+    pub(super) fn host(&self) -> Option<u64> {
+        match *self {
+            Entry::Data { host, .. } => Some(host),
+            Entry::Zero { host, .. } | Entry::Mixed { host, .. } => host,
+            Entry::Unallocated | Entry::Compressed(_) => None,
+        }
+    }
+
+    /// The host cluster, if it is this disk's alone and may be written where it is.
+    pub(super) fn own_host(&self) -> Option<u64> {
+        let (Entry::Data { copied: true, .. }
+        | Entry::Zero { copied: true, .. }
+        | Entry::Mixed { copied: true, .. }) = self
+        else {
+            return None;
+        };
+        self.host()
+    }
+
+    /// The units that are data, compressed or not, and those that are zero.
+    pub(super) fn units(&self, geometry: &Geometry) -> (Units, Units) {
+        let all = geometry.all_units();
+        match *self {
+            Entry::Unallocated => (Units::NONE, Units::NONE),
+            Entry::Zero { .. } => (Units::NONE, all),
+            Entry::Data { .. } | Entry::Compressed(_) => (all, Units::NONE),
+            Entry::Mixed { alloc, zero, .. } => (alloc, zero),
+        }
+    }
+
+    /// How the start of a run of guest bytes inside the cluster lives, and how far.
+    pub(super) fn piece(&self, part: GuestRange, geometry: &Geometry) -> (Piece, u64) {
+        let within = geometry.in_cluster(part.start.0);
+        let data = |host: u64| Piece::Data(host + within);
+        match *self {
+            Entry::Unallocated => (Piece::Unallocated(None), part.len),
+            Entry::Zero { host, .. } => (Piece::Zero(host.map(|host| host + within)), part.len),
+            Entry::Data { host, .. } => (data(host), part.len),
+            Entry::Compressed(_) => (Piece::Compressed, part.len),
+            Entry::Mixed {
+                host, alloc, zero, ..
+            } => {
+                let unit = (within >> geometry.unit_bits()) as u32;
+                let bits = |units: Units| (units.0 >> unit).trailing_ones();
+                let at = host.map(|host| host + within);
+                let (piece, run) = match (bits(alloc), bits(zero)) {
+                    (0, 0) => {
+                        let neither = Units(!(alloc.0 | zero.0));
+                        (Piece::Unallocated(at), bits(neither))
+                    }
+                    (0, run) => (Piece::Zero(at), run),
+                    // Data has a host cluster: checked when the entry was read.
+                    (run, _) => (data(host.unwrap_or(0)), run),
+                };
+                let end = u64::from(unit + run) << geometry.unit_bits();
+                (piece, part.len.min(end - within))
+            }
+        }
+    }
+}
+
+/// How a run inside a cluster lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// As the backing image has it; the place kept for it, where there is one.
+    Unallocated(Option<u64>),
+    /// Zeroes; the place kept for them, where there is one.
+    Zero(Option<u64>),
+    /// Data at a host offset.
+    Data(u64),
+    /// A part of compressed data.
+    Compressed,
 }
 
 /// Where compressed data is.
@@ -150,58 +392,99 @@ impl Compressed {
     }
 }
 
-/// The L2 entry of a plain cluster with one reference.
-pub(super) fn data_entry(host: u64) -> u64 {
-    host | COPIED
-}
-
 /// Reads an L2 entry; `cluster` is the guest cluster it is for.
-pub(super) fn decode(raw: u64, cluster: u64, geometry: &Geometry) -> Result<Entry> {
-    if raw & COMPRESSED != 0 {
+pub(super) fn decode(raw: L2Entry, cluster: u64, geometry: &Geometry) -> Result<Entry> {
+    let word = raw.word;
+    if word & COMPRESSED != 0 {
+        if geometry.data_file {
+            return Err(bad_entry(
+                raw,
+                cluster,
+                "no compressed cluster with a data file",
+            ));
+        }
         let shift = 62 - (geometry.cluster_bits - 8);
-        let offset = raw & ((1 << shift) - 1);
-        let more = (raw & !(COMPRESSED | COPIED)) >> shift;
+        let offset = word & ((1 << shift) - 1);
+        let more = (word & !(COMPRESSED | COPIED)) >> shift;
         return Ok(Entry::Compressed(Compressed {
             offset,
             len: (more + 1) * COMPRESSED_SECTOR - offset % COMPRESSED_SECTOR,
         }));
     }
-    let host = raw & OFFSET_MASK;
-    let copied = raw & COPIED != 0;
-    if geometry.in_cluster(host) != 0 {
+    let offset = word & OFFSET_MASK;
+    let copied = word & COPIED != 0;
+    if geometry.in_cluster(offset) != 0 {
         return Err(bad_entry(
             raw,
             cluster,
             "a host offset on a cluster boundary",
         ));
     }
-    if raw & ZERO != 0 {
+    let is_zero = word & ZERO != 0 && !geometry.extended;
+    // In a data file the flag COPIED tells offset 0 from nothing.
+    let host = (offset != 0 || (geometry.data_file && copied && !is_zero)).then_some(offset);
+    if is_zero {
         if !geometry.zero_flag {
             return Err(bad_entry(raw, cluster, "no zero flag in a version 2 image"));
         }
-        return Ok(Entry::Zero {
-            host: (host != 0).then_some(host),
-            copied,
-        });
+        return Ok(Entry::Zero { host, copied });
     }
-    if host == 0 {
+    if host.is_none() && copied {
         // The flag without an offset would put guest data over the header.
-        return if copied {
-            Err(bad_entry(
-                raw,
-                cluster,
-                "a host offset with the flag COPIED",
-            ))
-        } else {
-            Ok(Entry::Unallocated)
-        };
+        return Err(bad_entry(
+            raw,
+            cluster,
+            "a host offset with the flag COPIED",
+        ));
     }
-    Ok(Entry::Data { host, copied })
+    if geometry.extended {
+        return decode_units(raw, cluster, host, copied);
+    }
+    Ok(match host {
+        Some(host) => Entry::Data { host, copied },
+        None => Entry::Unallocated,
+    })
 }
 
-fn bad_entry(raw: u64, cluster: u64, expected: &str) -> Error {
+/// Reads the second word of an extended entry.
+fn decode_units(raw: L2Entry, cluster: u64, host: Option<u64>, copied: bool) -> Result<Entry> {
+    let (alloc, zero) = (Units(raw.bitmap as u32), Units((raw.bitmap >> 32) as u32));
+    if alloc.0 & zero.0 != 0 {
+        return Err(bad_entry(
+            raw,
+            cluster,
+            "no subcluster that is allocated and zero",
+        ));
+    }
+    if host.is_none() && !alloc.is_empty() {
+        return Err(bad_entry(
+            raw,
+            cluster,
+            "a host offset for allocated subclusters",
+        ));
+    }
+    Ok(match (host, alloc.0, zero.0) {
+        (Some(host), u32::MAX, _) => Entry::Data { host, copied },
+        (host, _, u32::MAX) => Entry::Zero { host, copied },
+        (None, 0, 0) => Entry::Unallocated,
+        _ => Entry::Mixed {
+            host,
+            copied,
+            alloc,
+            zero,
+        },
+    })
+}
+
+fn bad_entry(raw: L2Entry, cluster: u64, expected: &str) -> Error {
+    let L2Entry { word, bitmap } = raw;
+    let more = if bitmap == 0 {
+        String::new()
+    } else {
+        format!(" {bitmap:#018x}")
+    };
     Error::corrupt(format!(
-        "L2 entry of guest cluster {cluster}: {raw:#018x}, expected {expected}"
+        "L2 entry of guest cluster {cluster}: {word:#018x}{more}, expected {expected}"
     ))
 }
 
@@ -211,13 +494,17 @@ mod tests {
 
     const V3: u32 = 3;
 
+    fn standard(word: u64) -> L2Entry {
+        L2Entry { word, bitmap: 0 }
+    }
+
     #[test]
     fn compressed_entries_round_trip_at_every_cluster_size() {
         for bits in 9..=21 {
             let geometry = Geometry::new(bits, V3);
             for (offset, bytes) in [(0x5000, 1), (0x5001, 511), (0x51ff, 2), (0x5100, 300)] {
                 let raw = Compressed::entry(offset, bytes, &geometry).unwrap();
-                let Entry::Compressed(found) = decode(raw, 0, &geometry).unwrap() else {
+                let Entry::Compressed(found) = decode(standard(raw), 0, &geometry).unwrap() else {
                     panic!("a compressed entry");
                 };
                 assert_eq!(found.offset, offset);
@@ -231,7 +518,7 @@ mod tests {
     fn entries_are_told_apart() {
         let v3 = Geometry::new(16, 3);
         let v2 = Geometry::new(16, 2);
-        let read = |raw| decode(raw, 0, &v3).unwrap();
+        let read = |raw| decode(standard(raw), 0, &v3).unwrap();
         assert_eq!(read(0), Entry::Unallocated);
         assert_eq!(
             read(COPIED | 0x50000),
@@ -254,8 +541,67 @@ mod tests {
                 copied: false
             }
         );
-        assert!(decode(0x50200, 0, &v3).is_err());
-        assert!(decode(0x50000 | ZERO, 0, &v2).is_err());
-        assert!(decode(COPIED, 0, &v3).is_err());
+        assert!(decode(standard(0x50200), 0, &v3).is_err());
+        assert!(decode(standard(0x50000 | ZERO), 0, &v2).is_err());
+        assert!(decode(standard(COPIED), 0, &v3).is_err());
+    }
+
+    #[test]
+    fn extended_entries_are_told_apart() {
+        let geometry = Geometry::with(16, 3, true, false);
+        let read = |word, bitmap| decode(L2Entry { word, bitmap }, 0, &geometry);
+        assert_eq!(read(0, 0).unwrap(), Entry::Unallocated);
+        let host = 0x50000;
+        let whole = read(COPIED | host, 0xffff_ffff).unwrap();
+        assert_eq!(whole, Entry::Data { host, copied: true });
+        let zero = read(0, 0xffff_ffff << 32).unwrap();
+        assert_eq!(
+            zero,
+            Entry::Zero {
+                host: None,
+                copied: false
+            }
+        );
+        let mixed = read(COPIED | host, 0b110 | 0b1000 << 32).unwrap();
+        let unit = geometry.unit();
+        let piece = |start: u64| {
+            let part = GuestRange::new(start, geometry.cluster_size() - start);
+            mixed.piece(part, &geometry)
+        };
+        assert_eq!(piece(1), (Piece::Unallocated(Some(host + 1)), unit - 1));
+        assert_eq!(piece(unit), (Piece::Data(host + unit), 2 * unit));
+        assert_eq!(
+            piece(3 * unit + 5),
+            (Piece::Zero(Some(host + 3 * unit + 5)), unit - 5)
+        );
+        assert_eq!(
+            piece(4 * unit),
+            (Piece::Unallocated(Some(host + 4 * unit)), 28 * unit)
+        );
+        assert!(read(COPIED | host, 1 | 1 << 32).is_err());
+        assert!(read(0, 1).is_err());
+        assert!(read(COPIED, 0).is_err());
+    }
+
+    #[test]
+    fn offset_0_of_a_data_file_is_a_place() {
+        let geometry = Geometry::with(16, 3, false, true);
+        let read = |word| decode(standard(word), 0, &geometry);
+        assert_eq!(read(0).unwrap(), Entry::Unallocated);
+        let first = Entry::Data {
+            host: 0,
+            copied: true,
+        };
+        assert_eq!(read(COPIED).unwrap(), first);
+        assert!(read(COMPRESSED | 0x5000).is_err());
+    }
+
+    #[test]
+    fn ranges_of_units() {
+        assert_eq!(Units::range(0, 32), Units(u32::MAX));
+        assert_eq!(Units::range(0, 0), Units::NONE);
+        assert_eq!(Units::range(3, 5), Units(0b11000));
+        assert_eq!(Units::range(31, 32), Units(1 << 31));
+        assert_eq!((Units(0b11000).first(), Units(0b11000).end()), (3, 5));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Qcow2,
-    l2::{Entry, decode},
+    l2::{Entry, Piece},
 };
 use crate::{
     GuestRange, Result,
@@ -52,9 +52,9 @@ impl Qcow2 {
                 },
             };
             let run = self.until(range, self.geometry.slice_end(cluster));
-            let mapped = match intent {
+            let (mapped, below) = match intent {
                 Intent::Read => self.map_slice(slice, run, out)?,
-                Intent::WriteInPlace => self.map_in_place(slice, run, out)?,
+                Intent::WriteInPlace => (self.map_in_place(slice, run, out)?, 0),
             };
             range = range.skip(mapped);
             if mapped == run.len {
@@ -63,9 +63,8 @@ impl Qcow2 {
             if intent == Intent::WriteInPlace || out.is_full() {
                 return Ok(());
             }
-            // The lookup goes on in the backing image, and comes back for the next cluster.
-            let cluster = self.geometry.cluster(range.start);
-            let part = self.until(range, cluster + 1);
+            // The lookup goes on in the backing image, and comes back for what follows.
+            let part = range.take(below);
             let wanted = out.len() + part.len;
             self.map_unallocated(part, cache, out)?;
             if out.len() < wanted {
@@ -100,43 +99,45 @@ impl Qcow2 {
         })
     }
 
-    /// Maps the start of a run inside one slice for reading, up to a cluster that the backing image
-    /// has; returns the bytes mapped.
-    fn map_slice(&self, slice: &TableSlice, mut run: GuestRange, out: &mut Extents) -> Result<u64> {
+    /// Maps the start of a run inside one slice for reading, up to what the backing image has;
+    /// returns the bytes mapped, and the bytes behind them that are the backing image's.
+    fn map_slice(
+        &self,
+        slice: &TableSlice,
+        mut run: GuestRange,
+        out: &mut Extents,
+    ) -> Result<(u64, u64)> {
         let before = out.len();
         while run.len > 0 && !out.is_full() {
             let cluster = self.geometry.cluster(run.start);
-            let raw = slice.get(self.geometry.in_slice(cluster));
-            let entry = decode(raw, cluster, &self.geometry)?;
-            if entry == Entry::Unallocated && self.backing.is_some() {
-                break;
-            }
+            let entry = self.read_entry(slice, cluster)?;
             let part = self.until(run, cluster + 1);
-            self.push(entry, part, out);
-            run = run.skip(part.len);
+            let (piece, len) = entry.piece(part, &self.geometry);
+            if matches!(piece, Piece::Unallocated(_)) && self.backing.is_some() {
+                return Ok((out.len() - before, len));
+            }
+            self.push(piece, len, out);
+            run = run.skip(len);
         }
-        Ok(out.len() - before)
+        Ok((out.len() - before, 0))
     }
 
-    /// Appends the extent of an allocated cluster.
-    fn push(&self, entry: Entry, part: GuestRange, out: &mut Extents) {
-        match entry {
-            Entry::Data { host, .. } => self.push_data(host, part, out),
-            Entry::Compressed(_) => out.push_opaque(part.len),
-            Entry::Zero { .. } | Entry::Unallocated => out.push(part.len, ExtentKind::Zero),
+    /// Appends an extent; what is unallocated has nothing below it.
+    fn push(&self, piece: Piece, len: u64, out: &mut Extents) {
+        match piece {
+            Piece::Data(offset) => self.push_data(offset, len, out),
+            Piece::Compressed => out.push_opaque(len),
+            Piece::Zero(_) | Piece::Unallocated(_) => out.push(len, ExtentKind::Zero),
         }
     }
 
-    /// Appends a part of the data cluster at `host`.
-    fn push_data(&self, host: u64, part: GuestRange, out: &mut Extents) {
-        let (file, offset) = (
-            self.file,
-            HostOffset(host + self.geometry.in_cluster(part.start.0)),
-        );
+    /// Appends data at `offset` of the file with the guest's data.
+    fn push_data(&self, offset: u64, len: u64, out: &mut Extents) {
+        let (file, offset) = (self.data_file, HostOffset(offset));
         if self.crypt.encryption.is_some() {
-            out.push_encrypted(part.len, file, offset);
+            out.push_encrypted(len, file, offset);
         } else {
-            out.push(part.len, ExtentKind::Data { file, offset });
+            out.push(len, ExtentKind::Data { file, offset });
         }
     }
 
@@ -173,13 +174,17 @@ impl Qcow2 {
         let before = out.len();
         while run.len > 0 && !out.is_full() {
             let cluster = self.geometry.cluster(run.start);
-            let raw = slice.get(self.geometry.in_slice(cluster));
-            let Entry::Data { host, copied: true } = decode(raw, cluster, &self.geometry)? else {
+            let entry = self.read_entry(slice, cluster)?;
+            if entry.own_host().is_none() {
                 break;
-            };
+            }
             let part = self.until(run, cluster + 1);
-            self.push_data(host, part, out);
-            run = run.skip(part.len);
+            let (piece, len) = entry.piece(part, &self.geometry);
+            if !matches!(piece, Piece::Data(_)) {
+                break;
+            }
+            self.push(piece, len, out);
+            run = run.skip(len);
         }
         Ok(out.len() - before)
     }
@@ -201,11 +206,11 @@ impl Qcow2 {
             None => self.until(range, self.geometry.table_end(cluster)),
             Some(slice) => {
                 let part = self.until(range, cluster + 1);
-                let raw = slice.get(self.geometry.in_slice(cluster));
-                match decode(raw, cluster, &self.geometry)? {
-                    Entry::Unallocated => self.unallocated_run(&slice, range)?,
-                    entry => {
-                        self.push(entry, part, out);
+                let entry = self.read_entry(&slice, cluster)?;
+                match entry.piece(part, &self.geometry) {
+                    (Piece::Unallocated(_), _) => self.unallocated_run(&slice, range)?,
+                    (piece, len) => {
+                        self.push(piece, len, out);
                         return Ok(());
                     }
                 }
@@ -227,26 +232,27 @@ impl Qcow2 {
     /// The part of a range, inside one slice, from its start that is unallocated.
     fn unallocated_run(&self, slice: &TableSlice, range: GuestRange) -> Result<GuestRange> {
         let first = self.geometry.cluster(range.start);
-        let run = self.until(range, self.geometry.slice_end(first));
-        let (_, end) = self.geometry.touched(run);
-        let mut last = first + 1;
-        while last < end {
-            let raw = slice.get(self.geometry.in_slice(last));
-            if decode(raw, last, &self.geometry)? != Entry::Unallocated {
+        let mut rest = self.until(range, self.geometry.slice_end(first));
+        let mut len = 0;
+        while rest.len > 0 {
+            let cluster = self.geometry.cluster(rest.start);
+            let part = self.until(rest, cluster + 1);
+            let entry = self.read_entry(slice, cluster)?;
+            let (Piece::Unallocated(_), run) = entry.piece(part, &self.geometry) else {
                 break;
-            }
-            last += 1;
+            };
+            len += run;
+            rest = rest.skip(run);
         }
-        Ok(self.until(run, last))
+        Ok(range.take(len))
     }
 
     /// What a guest cluster's L2 entry says; unallocated where there is no table.
     pub(super) async fn entry(&self, io: &Io, cluster: u64) -> Result<Entry> {
-        let Some(slice) = self.l2_slice(io, cluster).await? else {
-            return Ok(Entry::Unallocated);
-        };
-        let raw = slice.get(self.geometry.in_slice(cluster));
-        decode(raw, cluster, &self.geometry)
+        match self.l2_slice(io, cluster).await? {
+            Some(slice) => self.read_entry(&slice, cluster),
+            None => Ok(Entry::Unallocated),
+        }
     }
 
     /// Whether everything that the mapping of a range relies on is on the disk.
@@ -274,68 +280,47 @@ impl Qcow2 {
     /// The state of a run, for `map` and `convert`.
     pub(super) async fn status_of(&self, io: &Io, range: GuestRange) -> Result<BlockStatus> {
         let cluster = self.geometry.cluster(range.start);
+        let Some(slice) = self.l2_slice(io, cluster).await? else {
+            let run = self.until(range, self.geometry.table_end(cluster));
+            return self.status_below(io, run).await;
+        };
         let part = self.until(range, cluster + 1);
-        let status = BlockStatus {
-            len: part.len,
-            depth: 0,
-            present: true,
-            zero: false,
-            data: true,
-            compressed: false,
-            offset: None,
-            file: None,
-        };
-        let slice = self.l2_slice(io, cluster).await?;
-        let entry = match &slice {
-            Some(slice) => {
-                let raw = slice.get(self.geometry.in_slice(cluster));
-                decode(raw, cluster, &self.geometry)?
-            }
-            None => Entry::Unallocated,
-        };
-        if entry == Entry::Unallocated {
-            let run = match &slice {
-                Some(slice) => self.unallocated_run(slice, range)?,
-                None => self.until(range, self.geometry.table_end(cluster)),
-            };
+        let entry = self.read_entry(&slice, cluster)?;
+        let (piece, mut len) = entry.piece(part, &self.geometry);
+        if let Piece::Unallocated(_) = piece {
+            let run = self.unallocated_run(&slice, range)?;
             return self.status_below(io, run).await;
         }
-        let in_cluster = self.geometry.in_cluster(range.start.0);
-        let host_of = |entry| match entry {
-            Entry::Data { host, .. } => Some(host),
-            Entry::Zero { host, .. } => host,
-            _ => None,
-        };
-        let mut len = part.len;
-        if let Some(slice) = &slice {
-            // Clusters that go on in the same way, contiguous in the file where that matters.
-            let first_host = host_of(entry);
-            let run = self.until(range, self.geometry.slice_end(cluster));
-            let (_, end) = self.geometry.touched(run);
-            for next in cluster + 1..end {
-                let raw = slice.get(self.geometry.in_slice(next));
-                let other = decode(raw, next, &self.geometry)?;
-                let same_kind = std::mem::discriminant(&other) == std::mem::discriminant(&entry);
-                let distance = (next - cluster) << self.geometry.cluster_bits;
-                let follows = host_of(other) == first_host.map(|host| host + distance);
-                if !same_kind || !follows {
-                    break;
-                }
-                len += self.until(run.skip(len), next + 1).len;
+        // What goes on in the same way, contiguous in the file where that matters.
+        let mut rest = self
+            .until(range, self.geometry.slice_end(cluster))
+            .skip(len);
+        while rest.len > 0 {
+            let next = self.geometry.cluster(rest.start);
+            let part = self.until(rest, next + 1);
+            let (other, more) = self.read_entry(&slice, next)?.piece(part, &self.geometry);
+            if !continues(piece, len, other) {
+                break;
             }
+            len += more;
+            rest = rest.skip(more);
+        }
+        let offset = match piece {
+            Piece::Data(offset) => Some(HostOffset(offset)),
+            Piece::Zero(place) => place.map(HostOffset),
+            Piece::Unallocated(_) | Piece::Compressed => None,
         }
         // What lies there encrypted is not what the guest sees.
-        let offset = host_of(entry)
-            .filter(|_| self.crypt.encryption.is_none())
-            .map(|host| HostOffset(host + in_cluster));
+        .filter(|_| self.crypt.encryption.is_none());
         Ok(BlockStatus {
             len,
-            zero: matches!(entry, Entry::Zero { .. }),
-            data: !matches!(entry, Entry::Zero { .. }),
-            compressed: matches!(entry, Entry::Compressed(_)),
+            depth: 0,
+            present: true,
+            zero: matches!(piece, Piece::Zero(_)),
+            data: !matches!(piece, Piece::Zero(_)),
+            compressed: piece == Piece::Compressed,
             offset,
-            file: offset.map(|_| self.file),
-            ..status
+            file: offset.map(|_| self.data_file),
         })
     }
 
@@ -359,5 +344,16 @@ impl Qcow2 {
                 file: None,
             }),
         }
+    }
+}
+
+/// Whether a piece goes on as another one `len` bytes behind its start.
+fn continues(piece: Piece, len: u64, next: Piece) -> bool {
+    match (piece, next) {
+        (Piece::Data(at), Piece::Data(next)) | (Piece::Zero(Some(at)), Piece::Zero(Some(next))) => {
+            at.checked_add(len) == Some(next)
+        }
+        (Piece::Zero(None), Piece::Zero(None)) | (Piece::Compressed, Piece::Compressed) => true,
+        _ => false,
     }
 }

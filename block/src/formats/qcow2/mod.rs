@@ -3,8 +3,10 @@
 //! The specification is `docs/interop/qcow2.rst` of QEMU; names are its. The parts:
 //!
 //! * [`header`]: the header, its extensions and feature bits.
-//! * `l2`: entries and the arithmetic of tables. `slices`: the cache of table slices.
+//! * `l2`: entries and the arithmetic of tables. `slices`: the cache of table slices. `entries`: the
+//!   ones in the others.
 //! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
+//!   `resize`: other sizes.
 //! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
 //!   the disk.
 //! * `crypt`: encryption.
@@ -21,6 +23,7 @@ mod compressed;
 mod counts;
 pub mod create;
 mod crypt;
+mod entries;
 mod extras;
 mod flush;
 pub mod header;
@@ -29,6 +32,7 @@ mod l2;
 mod map;
 mod refcount;
 pub mod repair;
+mod resize;
 mod slices;
 pub mod snapshot;
 mod tables;
@@ -41,9 +45,18 @@ use std::sync::{
 };
 
 use self::{
-    bitmaps::Bitmaps, claims::Claims, compressed::Decompressed, crypt::Crypt, flush::Pending,
-    header::Header, info::image_info, l2::Geometry, refcount::Refcounts, slices::SliceCache,
-    snapshot::SnapshotTable, tables::L1,
+    bitmaps::Bitmaps,
+    claims::Claims,
+    compressed::Decompressed,
+    crypt::Crypt,
+    flush::Pending,
+    header::{Autoclear, Header, Incompatible},
+    info::image_info,
+    l2::Geometry,
+    refcount::Refcounts,
+    slices::SliceCache,
+    snapshot::SnapshotTable,
+    tables::L1,
 };
 use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
@@ -66,6 +79,10 @@ pub(crate) struct Qcow2Options {
     pub(crate) writable: bool,
     /// The most bytes of tables kept in memory.
     pub(crate) metadata_cache_size: u64,
+    /// The file with the guest's data, where that is not the image itself.
+    pub(crate) data_file: Option<FileId>,
+    /// A discard gives host space back but keeps the clusters.
+    pub(crate) discard_no_unref: bool,
     /// What opens an encrypted image.
     pub(crate) unlock: Unlock,
 }
@@ -75,6 +92,11 @@ pub(crate) struct Qcow2 {
     /// Unique in the process: part of the keys of the queues' caches.
     id: u32,
     file: FileId,
+    /// The file with the guest's data: the image itself, or its data file.
+    data_file: FileId,
+    /// The data file is a raw disk by itself.
+    raw_data: bool,
+    discard_no_unref: bool,
     writable: bool,
     geometry: Geometry,
     header: Mutex<Header>,
@@ -116,7 +138,7 @@ impl Qcow2 {
         }
         let snapshots = SnapshotTable::read(io, file, &header).await?;
         let bitmaps = Bitmaps::read(io, file, &header, options.writable).await?;
-        let geometry = Geometry::new(header.cluster_bits, header.version);
+        let geometry = Geometry::of(&header);
         let table = read_refcount_table(io, file, &header).await?;
         let refcounts = Refcounts::new(
             geometry,
@@ -136,6 +158,10 @@ impl Qcow2 {
         Ok(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             file,
+            data_file: options.data_file.unwrap_or(file),
+            raw_data: header.has(Incompatible::DATA_FILE)
+                && header.autoclear_features.contains(Autoclear::DATA_FILE_RAW),
+            discard_no_unref: options.discard_no_unref,
             writable: options.writable,
             geometry,
             size: AtomicU64::new(header.size),
@@ -233,7 +259,7 @@ impl Image for Qcow2 {
     }
 
     fn data_file(&self) -> FileId {
-        self.file
+        self.data_file
     }
 
     fn try_map(
@@ -274,7 +300,7 @@ impl Image for Qcow2 {
     }
 
     fn discard<'a>(&'a self, io: &'a Io, range: GuestRange) -> LocalFuture<'a, Result<()>> {
-        Box::pin(self.discard_clusters(io, range))
+        Box::pin(self.discard_units(io, range))
     }
 
     fn write_zeroes<'a>(
@@ -283,16 +309,15 @@ impl Image for Qcow2 {
         range: GuestRange,
         may_unmap: bool,
     ) -> LocalFuture<'a, Result<u64>> {
-        Box::pin(self.zero_clusters(io, range, may_unmap))
+        Box::pin(self.zero_units(io, range, may_unmap))
     }
 
     fn unaligned_zeroes(&self, range: GuestRange) -> u64 {
         if !self.geometry.zero_flag {
             return range.len;
         }
-        let size = self.geometry.cluster_size();
-        let in_cluster = self.geometry.in_cluster(range.start.0);
-        range.len.min(size - in_cluster)
+        let unit = self.geometry.unit();
+        range.len.min(unit - range.start.0 % unit)
     }
 
     fn flush<'a>(&'a self, io: &'a Io) -> LocalFuture<'a, Result<()>> {

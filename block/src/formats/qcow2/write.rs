@@ -4,11 +4,11 @@ use super::{
     Qcow2,
     claims::Claim,
     flush::Punch,
-    l2::{Entry, data_entry, decode},
+    l2::{Entry, L2Entry, Piece, Units},
     read_only,
 };
 use crate::{
-    GuestRange, Result,
+    Error, GuestRange, Result,
     image::{Commit, Prepared},
     io::Io,
     sync::LocalFuture,
@@ -24,16 +24,30 @@ const MAX_PREPARED: u64 = 4 << 20;
 enum Target {
     /// New clusters: given back if the write is not committed.
     New { first: u64 },
-    /// The cluster kept for a zero cluster, with one reference.
+    /// The clusters that the guest clusters have already: kept for zeroes, or with some subclusters
+    /// in use.
     Kept { first: u64 },
+    /// Clusters of a data file. They have no reference counts: a guest cluster lives at its own offset.
+    DataFile { first: u64 },
 }
 
 impl Target {
     fn first(self) -> u64 {
         match self {
-            Target::New { first } | Target::Kept { first } => first,
+            Target::New { first } | Target::Kept { first } | Target::DataFile { first } => first,
         }
     }
+}
+
+/// What a prepared write covers of a cluster that it does not fill.
+#[derive(Clone, Copy, Debug)]
+struct Cover {
+    /// Units that are data afterwards.
+    units: Units,
+    /// Bytes written before the data of the request.
+    head: u64,
+    /// Bytes written after it.
+    tail: u64,
 }
 
 /// A write on its way: its guest clusters are claimed, its host clusters reserved.
@@ -43,6 +57,8 @@ struct Allocation<'a> {
     cluster: u64,
     count: u64,
     target: Target,
+    /// The units covered of the first cluster, and of the last.
+    ends: (Units, Units),
     slice: WritePin,
     committed: bool,
     _claim: Claim<'a>,
@@ -87,50 +103,50 @@ impl Qcow2 {
         let (_, end) = self.geometry.touched(range);
         let claim = self.claims.claim(first, end).await;
         let slice = self.l2_slice_for_change(io, first).await?;
-        let read = |cluster: u64| {
-            let raw = slice.get(self.geometry.in_slice(cluster));
-            decode(raw, cluster, &self.geometry)
-        };
-        let entry = read(first)?;
-        let (target, count, virgin) = match entry {
-            Entry::Data { copied: true, .. } => return Ok(None),
-            Entry::Zero {
-                host: Some(host),
-                copied: true,
-            } => {
-                let target = Target::Kept {
-                    first: host >> self.geometry.cluster_bits,
-                };
-                (target, 1, false)
-            }
-            _ => {
-                let mut wanted = 1;
-                while first + wanted < end && needs_clusters(read(first + wanted)?) {
-                    wanted += 1;
-                }
-                let run = self.refcounts.allocate(io, wanted, false).await?;
-                (Target::New { first: run.first }, run.count, run.virgin)
-            }
-        };
-        let allocation = Allocation {
+        let entry = self.read_entry(&slice, first)?;
+        let in_first = self.until(range, first + 1);
+        if entry.own_host().is_some()
+            && matches!(entry.piece(in_first, &self.geometry).0, Piece::Data(_))
+        {
+            return Ok(None);
+        }
+        let (target, count, virgin) = self.find_target(io, &slice, first, end).await?;
+        let mut allocation = Allocation {
             image: self,
             cluster: first,
             count,
             target,
+            ends: (Units::NONE, Units::NONE),
             slice,
             committed: false,
             _claim: claim,
         };
-        let part = self.until(range, first + count);
-        let head = self.geometry.in_cluster(part.start.0);
-        let tail = self.geometry.start(first + count) - part.end();
-        let last = first + count - 1;
-        let read = |cluster: u64| {
-            let raw = allocation.slice.get(self.geometry.in_slice(cluster));
-            decode(raw, cluster, &self.geometry)
+        let mut part = self.until(range, first + count);
+        let kept = matches!(target, Target::Kept { .. });
+        if kept {
+            part = self.before_data(&allocation.slice, part)?;
+            allocation.count = self.geometry.touched(part).1 - first;
+        }
+        let count = allocation.count;
+        let head_part = self.until(part, first + 1);
+        let tail_part = if count == 1 {
+            part
+        } else {
+            part.skip(self.until(part, first + count - 1).len)
         };
-        let fill_zero = (head == 0 || self.reads_zero(read(first)?, first))
-            && (tail == 0 || self.reads_zero(read(last)?, last));
+        let last_entry = self.read_entry(&allocation.slice, first + count - 1)?;
+        let at_head = self.cover(entry, kept, head_part);
+        let at_tail = self.cover(last_entry, kept, tail_part);
+        allocation.ends = (at_head.units, at_tail.units);
+        let head = at_head.head;
+        let mut tail = at_tail.tail;
+        if self.geometry.data_file {
+            // The file of a raw disk does not become longer than the disk.
+            tail = tail.min(self.disk_size().saturating_sub(part.end()));
+        }
+        let before = GuestRange::new(part.start.0 - head, head);
+        let fill_zero = self.reads_zero(entry, before)
+            && self.reads_zero(last_entry, GuestRange::new(part.end(), tail));
         // The file has zeroes already where nothing was ever written; encrypted zeroes it has not.
         let (head, tail) = if fill_zero && virgin && self.crypt.encryption.is_none() {
             (0, 0)
@@ -140,7 +156,7 @@ impl Qcow2 {
         let in_first = self.geometry.in_cluster(part.start.0);
         Ok(Some(Prepared {
             len: part.len,
-            file: self.file,
+            file: self.data_file,
             offset: HostOffset(self.geometry.start(target.first()) + in_first),
             head,
             tail,
@@ -149,29 +165,122 @@ impl Qcow2 {
         }))
     }
 
-    /// Whether a cluster reads as zeroes, as far as its entry and the backing image's size tell.
-    pub(super) fn reads_zero(&self, entry: Entry, cluster: u64) -> bool {
-        match entry {
-            Entry::Zero { .. } => true,
-            Entry::Unallocated => {
-                let size = self.geometry.cluster_size();
-                let range = GuestRange::new(self.geometry.start(cluster), size);
-                self.in_backing(range).len == 0
+    /// Finds host clusters for guest clusters from `first` on, up to `end`: how many, and whether the
+    /// file has zeroes there.
+    async fn find_target(
+        &self,
+        io: &Io,
+        slice: &WritePin,
+        first: u64,
+        end: u64,
+    ) -> Result<(Target, u64, bool)> {
+        let mut count = 1;
+        if let Some(host) = self.read_entry(slice, first)?.own_host() {
+            while first + count < end {
+                let next = self.read_entry(slice, first + count)?;
+                let follows = host.checked_add(self.geometry.start(count));
+                if matches!(next, Entry::Data { .. })
+                    || next.own_host().is_none()
+                    || next.own_host() != follows
+                {
+                    break;
+                }
+                count += 1;
             }
-            Entry::Data { .. } | Entry::Compressed(_) => false,
+            let first = host >> self.geometry.cluster_bits;
+            return Ok((Target::Kept { first }, count, false));
         }
+        while first + count < end && self.read_entry(slice, first + count)?.own_host().is_none() {
+            count += 1;
+        }
+        if self.geometry.data_file {
+            return Ok((Target::DataFile { first }, count, false));
+        }
+        let run = self.refcounts.allocate(io, count, false).await?;
+        Ok((Target::New { first: run.first }, run.count, run.virgin))
+    }
+
+    /// A run for clusters that stay where they are, without a last unit that it fills in part and that
+    /// has data: that part can be written in place.
+    fn before_data(&self, slice: &WritePin, run: GuestRange) -> Result<GuestRange> {
+        let unit = self.geometry.unit();
+        let start = run.end() / unit * unit;
+        if start == run.end() || start <= run.start.0 {
+            return Ok(run);
+        }
+        let part = GuestRange::new(start, run.end() - start);
+        let cluster = self.geometry.cluster(part.start);
+        let entry = self.read_entry(slice, cluster)?;
+        Ok(match entry.piece(part, &self.geometry).0 {
+            Piece::Data(_) => run.take(start - run.start.0),
+            _ => run,
+        })
+    }
+
+    /// What a write to a part of a cluster covers of it: whole units, and when the cluster moves to a
+    /// new place all that have data.
+    fn cover(&self, entry: Entry, kept: bool, part: GuestRange) -> Cover {
+        let geometry = &self.geometry;
+        let from = geometry.in_cluster(part.start.0);
+        let to = from + part.len;
+        let touched = geometry.units(from, to);
+        let (data, _) = entry.units(geometry);
+        let mut units = touched;
+        if !kept && !data.is_empty() {
+            units = Units::range(
+                touched.first().min(data.first()),
+                touched.end().max(data.end()),
+            );
+        }
+        let bits = geometry.unit_bits();
+        Cover {
+            units,
+            head: from - (u64::from(units.first()) << bits),
+            tail: (u64::from(units.end()) << bits) - to,
+        }
+    }
+
+    /// Whether a range inside a cluster reads as zeroes, as far as its entry and the backing image's
+    /// size tell.
+    pub(super) fn reads_zero(&self, entry: Entry, mut range: GuestRange) -> bool {
+        while range.len > 0 {
+            let (piece, len) = entry.piece(range, &self.geometry);
+            let zero = match piece {
+                Piece::Zero(_) => true,
+                Piece::Unallocated(_) => self.in_backing(range.take(len)).len == 0,
+                Piece::Data(_) | Piece::Compressed => false,
+            };
+            if !zero {
+                return false;
+            }
+            range = range.skip(len);
+        }
+        true
     }
 
     /// Makes a written allocation visible.
     fn link(&self, allocation: &Allocation<'_>) -> Result<()> {
         let change = allocation.slice.change();
+        let kept = matches!(allocation.target, Target::Kept { .. });
         for index in 0..allocation.count {
             let cluster = allocation.cluster + index;
-            let place = self.geometry.in_slice(cluster);
-            let before = decode(change.get(place), cluster, &self.geometry)?;
+            let (_, before) = self.read_change(&change, cluster)?;
+            let mut written = self.geometry.all_units();
+            if index == 0 {
+                written.0 &= allocation.ends.0.0;
+            }
+            if index + 1 == allocation.count {
+                written.0 &= allocation.ends.1.0;
+            }
+            let (data, zero) = before.units(&self.geometry);
             let host = self.geometry.start(allocation.target.first() + index);
-            self.set_entry(&allocation.slice, &change, place, data_entry(host));
-            let kept = matches!(allocation.target, Target::Kept { .. });
+            let after = L2Entry::of_units(
+                host,
+                Units(data.0 | written.0),
+                Units(zero.0 & !written.0),
+                &self.geometry,
+            );
+            self.set_l2_entry(&allocation.slice, &change, cluster, after);
             if !kept {
                 self.unlink(before, Punch::No);
             }
@@ -181,19 +290,16 @@ impl Qcow2 {
 
     /// What an entry named loses a reference with the next flush. The entry is gone from memory.
     pub(super) fn unlink(&self, before: Entry, punch: Punch) {
-        match before {
-            Entry::Unallocated | Entry::Zero { host: None, .. } => {}
-            Entry::Data { host, .. }
-            | Entry::Zero {
-                host: Some(host), ..
-            } => {
-                let first = host >> self.geometry.cluster_bits;
-                self.pending.free_clusters(first, 1, punch);
-            }
-            Entry::Compressed(data) => {
-                let (first, last) = data.clusters(&self.geometry);
-                self.pending.free_compressed(data, first, last);
-            }
+        if self.geometry.data_file {
+            // Clusters of a data file have no reference counts.
+            return;
+        }
+        if let Entry::Compressed(data) = before {
+            let (first, last) = data.clusters(&self.geometry);
+            self.pending.free_compressed(data, first, last);
+        } else if let Some(host) = before.host() {
+            let first = host >> self.geometry.cluster_bits;
+            self.pending.free_clusters(first, 1, punch);
         }
     }
 
@@ -208,14 +314,19 @@ impl Qcow2 {
             return Err(read_only());
         }
         if self.crypt.encryption.is_some() {
-            return Err(crate::Error::unsupported(
+            return Err(Error::unsupported(
                 "Compression and encryption not supported at the same time",
+            ));
+        }
+        if self.geometry.data_file {
+            return Err(Error::unsupported(
+                "compressed write: expected an image without an external data file",
             ));
         }
         let size = self.geometry.cluster_size();
         let whole = data.len() as u64 == size || range.end() == self.disk_size();
         if self.geometry.in_cluster(range.start.0) != 0 || !whole || data.len() as u64 > size {
-            return Err(crate::Error::invalid_argument(format!(
+            return Err(Error::invalid_argument(format!(
                 "compressed write of {} bytes at {}: expected one whole cluster of {size} bytes",
                 data.len(),
                 range.start.0
@@ -243,10 +354,13 @@ impl Qcow2 {
             written?;
             return Ok(false);
         };
-        let place = self.geometry.in_slice(cluster);
         let change = slice.change();
-        let before = decode(change.get(place), cluster, &self.geometry)?;
-        self.set_entry(&slice, &change, place, entry);
+        let (_, before) = self.read_change(&change, cluster)?;
+        let entry = L2Entry {
+            word: entry,
+            bitmap: 0,
+        };
+        self.set_l2_entry(&slice, &change, cluster, entry);
         self.unlink(before, Punch::No);
         Ok(true)
     }
@@ -267,16 +381,4 @@ impl Qcow2 {
         let buffer = crate::io::AlignedBuf::from_slice(packed);
         io.write(self.file, offset, buffer).await.map(drop)
     }
-}
-
-/// Whether writing to a cluster needs a new host cluster.
-fn needs_clusters(entry: Entry) -> bool {
-    !matches!(
-        entry,
-        Entry::Data { copied: true, .. }
-            | Entry::Zero {
-                host: Some(_),
-                copied: true
-            }
-    )
 }

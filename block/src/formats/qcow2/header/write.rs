@@ -11,7 +11,8 @@ use crate::{
 };
 
 /// Autoclear bits whose data this version keeps correct while it writes.
-const MAINTAINED_AUTOCLEAR: Autoclear = Autoclear::BITMAPS;
+const MAINTAINED_AUTOCLEAR: Autoclear =
+    Autoclear(Autoclear::BITMAPS.0 | Autoclear::DATA_FILE_RAW.0);
 
 impl Header {
     /// The header of a new image: version 2 or 3, nothing allocated, QEMU's feature name table.
@@ -294,21 +295,30 @@ impl Header {
     /// [`Unsupported`](crate::ErrorKind::Unsupported) naming the feature,
     /// [`Corrupt`](crate::ErrorKind::Corrupt) for a corrupt image opened for writing.
     pub fn check_supported(&self, writable: bool) -> Result<()> {
-        let refuse = |feature: &str| {
-            Err(Error::unsupported(format!(
-                "Unsupported qcow2 feature(s): {feature}"
-            )))
-        };
         if self.has(Incompatible::DATA_FILE) {
-            return refuse("external data file");
-        }
-        if self.has(Incompatible::EXTENDED_L2) {
-            return refuse("extended L2 entries");
+            self.check_data_file(writable)?;
         }
         if writable && self.has(Incompatible::CORRUPT) {
             return Err(Error::corrupt(
                 "qcow2: Image is corrupt; cannot be opened read/write",
             ));
+        }
+        Ok(())
+    }
+
+    /// What cannot be together with a data file.
+    fn check_data_file(&self, writable: bool) -> Result<()> {
+        let raw = self.autoclear_features.contains(Autoclear::DATA_FILE_RAW);
+        if raw && self.backing_file.is_some() {
+            return Err(Error::unsupported(
+                "a backing file together with data-file-raw: the data file would not be the disk",
+            ));
+        }
+        if writable && self.nb_snapshots > 0 {
+            return Err(Error::unsupported(format!(
+                "{} snapshots together with an external data file: writing would change them",
+                self.nb_snapshots
+            )));
         }
         Ok(())
     }

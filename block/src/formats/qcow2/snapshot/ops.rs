@@ -15,7 +15,7 @@ use crate::{
     formats::qcow2::{
         counts::write_counts,
         header::{Autoclear, Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
-        l2::{COPIED, Entry, Geometry, OFFSET_MASK, decode},
+        l2::{COPIED, Entry, Geometry, L2Entry, OFFSET_MASK, decode},
         read_refcount_table,
         refcount::Refcounts,
     },
@@ -75,7 +75,7 @@ pub(in crate::formats::qcow2) async fn open(io: &Io, file: FileId) -> Result<(He
         header.write_features(io, file).await?;
     }
     let counts = Refcounts::new(
-        Geometry::new(header.cluster_bits, header.version),
+        Geometry::of(&header),
         header.refcount_order,
         file,
         header.refcount_table_offset,
@@ -121,7 +121,7 @@ impl<'a> Editor<'a> {
         Self {
             io,
             file,
-            geometry: Geometry::new(header.cluster_bits, header.version),
+            geometry: Geometry::of(header),
             was_dirty: header.has(Incompatible::DIRTY),
             header,
             counts,
@@ -137,6 +137,11 @@ impl<'a> Editor<'a> {
                 "too many snapshots: {}, expected below {MAX_SNAPSHOTS}",
                 table.snapshots.len()
             )));
+        }
+        if self.geometry.data_file {
+            return Err(Error::unsupported(
+                "snapshots of an image with an external data file",
+            ));
         }
         if self.header.refcount_order == 0 {
             return Err(Error::invalid_argument(
@@ -350,16 +355,13 @@ impl<'a> Editor<'a> {
     fn runs(&self, l1_entry: u64, table: &[u8]) -> Result<Vec<Run>> {
         let bits = self.geometry.cluster_bits;
         let mut runs: Vec<Run> = vec![((l1_entry & OFFSET_MASK) >> bits, 1)];
-        for (index, entry) in table.as_chunks().0.iter().enumerate() {
-            let (first, last) =
-                match decode(u64::from_be_bytes(*entry), index as u64, &self.geometry)? {
-                    Entry::Unallocated | Entry::Zero { host: None, .. } => continue,
-                    Entry::Data { host, .. }
-                    | Entry::Zero {
-                        host: Some(host), ..
-                    } => (host >> bits, host >> bits),
-                    Entry::Compressed(data) => data.clusters(&self.geometry),
-                };
+        for (index, raw) in self.geometry.entries(table).enumerate() {
+            let entry = decode(raw, index as u64, &self.geometry)?;
+            let (first, last) = match (entry, entry.host()) {
+                (Entry::Compressed(data), _) => data.clusters(&self.geometry),
+                (_, Some(host)) => (host >> bits, host >> bits),
+                (_, None) => continue,
+            };
             match runs.last_mut() {
                 Some((start, count)) if *start + *count == first => *count += last - first + 1,
                 _ => runs.push((first, last - first + 1)),
@@ -444,7 +446,7 @@ impl<'a> Editor<'a> {
         for entry in used(l1) {
             let mut table = self.read_l2(entry).await?;
             let mut changed = false;
-            for entry in table.as_chunks_mut::<8>().0 {
+            for entry in table.chunks_exact_mut(self.geometry.entry_bytes() as usize) {
                 changed |= entry[0] & 0x80 != 0;
                 entry[0] &= 0x7f;
             }
@@ -467,18 +469,17 @@ impl<'a> Editor<'a> {
             }
             let mut table = self.read_l2(*entry).await?;
             let mut changed = false;
-            for (index, bytes) in table.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let raw = u64::from_be_bytes(*bytes);
-                let (Entry::Data { host, copied }
-                | Entry::Zero {
-                    host: Some(host),
-                    copied,
-                }) = decode(raw, index as u64, &self.geometry)?
-                else {
+            let entries: Vec<L2Entry> = self.geometry.entries(&table).collect();
+            let stride = self.geometry.entry_bytes() as usize;
+            for (index, raw) in entries.into_iter().enumerate() {
+                let decoded = decode(raw, index as u64, &self.geometry)?;
+                let Some(host) = decoded.host() else {
                     continue;
                 };
+                let copied = raw.word & COPIED != 0;
                 if (self.counts.get(self.io, host >> bits).await? == 1) != copied {
-                    *bytes = (raw ^ COPIED).to_be_bytes();
+                    let flipped = (raw.word ^ COPIED).to_be_bytes();
+                    table[index * stride..index * stride + 8].copy_from_slice(&flipped);
                     changed = true;
                 }
             }
