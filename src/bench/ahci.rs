@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use block::{AsyncDiskFile, ErrorKind};
+use block::AsyncDiskFile;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_devices::{
     ahci::{
@@ -118,31 +118,50 @@ impl AhciLane {
         );
     }
 
-    /// Issues what was pushed. Flushes wait until the port is empty, and everything else for them.
-    fn issue(&mut self) {
+    /// Issues what was pushed; returns whether there was something that could be. Flushes wait until
+    /// the port is empty, and everything else for them.
+    fn issue(&mut self) -> bool {
         for (slot, op, offset) in std::mem::take(&mut self.pushed) {
             match op {
                 Op::Flush => self.flushes.push(slot),
                 op => self.waiting.push((slot, op, offset)),
             }
         }
-        if self.flushing {
-            return;
+        if self.flushing || (self.flushes.is_empty() && self.waiting.is_empty()) {
+            return false;
         }
         if self.flushes.is_empty() {
-            if !self.waiting.is_empty() {
-                for (slot, op, offset) in std::mem::take(&mut self.waiting) {
-                    self.prepare(slot, op, offset);
-                }
-                self.driver.issue();
+            for (slot, op, offset) in std::mem::take(&mut self.waiting) {
+                self.prepare(slot, op, offset);
             }
-        } else if self.driver.issued() == 0
+            self.driver.issue();
+            return true;
+        }
+        if self.driver.issued() == 0
             && let Some(slot) = self.flushes.pop()
         {
             self.flushing = true;
             self.prepare(slot, Op::Flush, 0);
             self.driver.issue();
+            return true;
         }
+        false
+    }
+}
+
+impl AhciLane {
+    /// Appends what has ended.
+    fn collect(&mut self, ended: &mut Vec<Ended>) -> Outcome<()> {
+        let mut slots = self.driver.ended();
+        while slots != 0 {
+            ended.push((slots.trailing_zeros() as usize, Ok(())));
+            slots &= slots - 1;
+            self.flushing = false;
+        }
+        if self.driver.get(px::TFD) & 1 != 0 {
+            return Err(Failure::new("the port reported an error"));
+        }
+        Ok(())
     }
 }
 
@@ -160,25 +179,12 @@ impl Lane for AhciLane {
 
     fn reap(&mut self, ended: &mut Vec<Ended>) -> Outcome<()> {
         self.worker.process();
-        let mut slots = self.driver.ended();
-        while slots != 0 {
-            let slot = slots.trailing_zeros();
-            slots &= slots - 1;
-            ended.push((slot as usize, Ok(())));
-            self.flushing = false;
-        }
-        if self.driver.get(px::TFD) & 1 != 0 {
-            // The port has stopped: all that is left has failed.
-            for slot in 0..TAGS {
-                if self.driver.issued() & 1 << slot != 0 {
-                    ended.push((slot, Err(ErrorKind::Io(libc::EIO))));
-                }
-            }
-            return Err(Failure::new("the port reported an error"));
-        }
-        if !self.flushes.is_empty() || !self.waiting.is_empty() {
-            self.issue();
+        self.collect(ended)?;
+        // What waited for the end of something else may have ended already, too: nobody will say so
+        // again.
+        while self.issue() {
             self.worker.process();
+            self.collect(ended)?;
         }
         Ok(())
     }

@@ -117,13 +117,16 @@ impl Shared {
         }
     }
 
-    /// Shows the interrupts of a port, after `completed` commands.
-    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) {
+    /// Shows the interrupts of a port, after `completed` commands; returns whether that interrupts
+    /// the guest.
+    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) -> bool {
         let mut irq = self.irq();
+        let before = irq.is;
         irq.port(index, port.interrupts());
         irq.completed(index, completed);
         self.coalescing
             .store(irq.due().is_some(), Ordering::Relaxed);
+        irq.enabled && irq.is & !before != 0
     }
 }
 
@@ -325,6 +328,13 @@ impl Hba {
     #[must_use]
     pub fn is_resetting(&self) -> bool {
         (0..u32::from(self.config().ports)).any(|index| self.shared.port(index).resetting)
+    }
+
+    /// Whether nothing of the guest's memory is in use: no command is in flight, forgotten ones
+    /// included.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        (0..u32::from(self.config().ports)).all(|index| self.shared.port(index).taken == 0)
     }
 
     /// Reads from the register space, at any offset and of any length. What is not there reads as

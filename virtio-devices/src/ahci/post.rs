@@ -127,9 +127,9 @@ impl<S: MemorySource> PortQueue<S> {
         if port.settling && self.outstanding == 0 {
             port.settle();
         }
-        let active = port.interrupts();
-        shared.interrupt(self.index, &port, ends.posted);
-        self.stats.interrupted(active);
+        if shared.interrupt(self.index, &port, ends.posted) {
+            self.stats.interrupted(true);
+        }
         count
     }
 

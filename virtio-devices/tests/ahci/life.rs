@@ -48,6 +48,12 @@ fn messages_and_the_line() {
     assert_eq!((messages(&machine) - before, line(&machine)), (3, false));
     machine.driver.set_global(regs::GHC, 0x8000_0002);
     assert_eq!((messages(&machine) - before, line(&machine)), (4, true));
+    let stats = machine.hba.stats(0).unwrap();
+    assert_eq!(
+        (stats.interrupts(), stats.interrupt_errors()),
+        (1, 0),
+        "by completions"
+    );
 }
 
 #[test]
@@ -221,7 +227,7 @@ fn exchange(driver: &mut Driver<crate::common::Memory>, write: bool) {
     }
 }
 
-fn as_fd(event: &EventFd) -> std::os::fd::BorrowedFd<'_> {
+pub fn as_fd(event: &EventFd) -> std::os::fd::BorrowedFd<'_> {
     use std::os::fd::{AsRawFd, BorrowedFd};
     // SAFETY: the descriptor is open for as long as `event` lives.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }

@@ -4,6 +4,7 @@
 mod ata;
 mod cdrom;
 mod common;
+mod engines;
 mod hostile;
 mod life;
 mod ncq;

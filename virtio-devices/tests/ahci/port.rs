@@ -108,10 +108,12 @@ fn a_port_reset_waits_for_what_is_in_flight() {
     machine.driver.set_global(regs::GHC, ghc::HR);
     machine.work();
     assert_ne!(machine.driver.global(regs::GHC) & ghc::HR, 0);
+    assert!(!machine.hba.is_idle());
     machine.disk.hold(false);
     machine.disk.release_all();
     machine.work();
     assert_eq!(machine.driver.global(regs::GHC), ghc::AE);
+    assert!(machine.hba.is_idle());
     assert_eq!(machine.driver.get(px::IS), 0);
     machine.start();
     machine.read(command(opcode::READ_DMA_EXT, 8, 8), 4096).ok();
