@@ -48,7 +48,7 @@ fn every_engine() {
         let Some(disk) = open(&image, engine) else {
             continue;
         };
-        drive(disk);
+        drive(&*disk);
         // What was written is in the file.
         let data = std::fs::read(image.path()).unwrap();
         for tag in 0..32usize {
@@ -57,7 +57,7 @@ fn every_engine() {
     }
 }
 
-fn drive(disk: Box<dyn AsyncDiskFile>) {
+fn drive(disk: &dyn AsyncDiskFile) {
     let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
     let hba = Arc::new(Hba::new(HbaConfig::default()).unwrap());
     let stop = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -72,7 +72,7 @@ fn drive(disk: Box<dyn AsyncDiskFile>) {
         })
     };
     // The worker runs before there is a drive.
-    let config = DiskConfig::of(&*disk);
+    let config = DiskConfig::of(disk);
     let layout = Layout {
         base: BASE,
         descriptors: 4,
