@@ -10,7 +10,7 @@ use crate::{
     },
     say,
     util::{
-        bytes,
+        bytes, errno,
         failure::{Failure, Outcome},
         persona::Persona,
         progress::Progress,
@@ -36,8 +36,8 @@ EXIT STATUS
   0  equal
   1  different
   2  an image could not be opened
-  3  reading failed
-  4  reading the allocation failed")]
+  3  reading the allocation failed
+  4  reading failed")]
 pub(crate) struct CompareArgs {
     /// The format of the first image; detected otherwise
     #[arg(short, long = "a-format", value_name = "FMT")]
@@ -71,7 +71,7 @@ pub(crate) struct CompareArgs {
 
 /// Runs the command.
 pub(crate) fn run(args: &CompareArgs, persona: Persona) -> Outcome {
-    let [first, second] = args.files.as_slice() else {
+    let [first_name, second_name] = args.files.as_slice() else {
         return Err(Failure::usage("compare", "Expecting two image file names"));
     };
     let how = OpenHow {
@@ -84,8 +84,8 @@ pub(crate) fn run(args: &CompareArgs, persona: Persona) -> Outcome {
             .and_then(|spec| open::open(&spec, &how, persona))
             .map_err(|failure| failure.status(2))
     };
-    let first = open(first, args.format.as_deref())?;
-    let second = open(second, args.second_format.as_deref())?;
+    let first = open(first_name, args.format.as_deref())?;
+    let second = open(second_name, args.second_format.as_deref())?;
     let tell = |text: &str| {
         if !args.quiet {
             say!("{text}");
@@ -98,15 +98,23 @@ pub(crate) fn run(args: &CompareArgs, persona: Persona) -> Outcome {
     }
     let progress = Progress::bytes(args.progress, persona, "comparing", a.max(b));
     let common = a.min(b);
-    let found = differs(&*first, &*second, common, args.strict, &progress)?;
+    let disks: [(&dyn DiskFile, &str); 2] = [(&*first, first_name), (&*second, second_name)];
+    let found = differs(disks, common, args.strict, &progress)?;
     if let Some(difference) = found {
         tell(&difference);
         return Ok(1);
     }
     if a != b {
+        let larger = if a > b { disks[0] } else { disks[1] };
+        let found = first_data(larger, common, &progress);
+        if let (Err(failure), true) = (&found, persona.is_qemu()) {
+            // QEMU's warning comes out last, because of how its standard output is buffered.
+            let status = persona.report(failure);
+            tell("Warning: Image size mismatch!");
+            return Ok(status);
+        }
         tell("Warning: Image size mismatch!");
-        let larger = if a > b { &first } else { &second };
-        if let Some(offset) = first_data(&**larger, common, &progress)? {
+        if let Some(offset) = found? {
             tell(&format!("Content mismatch at offset {offset}!"));
             return Ok(1);
         }
@@ -130,7 +138,7 @@ fn status(disk: &dyn DiskFile, offset: u64, len: u64) -> Outcome<Status> {
             "Sector allocation test failed at offset {offset}: {}",
             error.message()
         ))
-        .status(4)
+        .status(3)
     })?;
     Ok(Status {
         len: status.len.clamp(1, len),
@@ -139,21 +147,19 @@ fn status(disk: &dyn DiskFile, offset: u64, len: u64) -> Outcome<Status> {
     })
 }
 
-fn read(disk: &dyn DiskFile, buf: &mut [u8], offset: u64) -> Outcome<()> {
+fn read(disk: &dyn DiskFile, name: &str, buf: &mut [u8], offset: u64) -> Outcome<()> {
     disk.read_at(buf, offset).map_err(|error| {
         Failure::new(format!(
-            "Error while reading offset {offset} of {}: {}",
-            disk.path().display(),
-            error.message()
+            "Error while reading offset {offset} of {name}: {}",
+            errno::request_text(error.kind())
         ))
-        .status(3)
+        .status(4)
     })
 }
 
 /// What to say about the first difference in the first `size` bytes.
 fn differs(
-    first: &dyn DiskFile,
-    second: &dyn DiskFile,
+    [(first, first_name), (second, second_name)]: [(&dyn DiskFile, &str); 2],
     size: u64,
     strict: bool,
     progress: &Progress,
@@ -172,11 +178,14 @@ fn differs(
         if !(one.zero && two.zero) {
             len = len.min(CHUNK);
             let (a, b) = (&mut a[..len as usize], &mut b[..len as usize]);
-            for (disk, buf, zero) in [(first, &mut *a, one.zero), (second, &mut *b, two.zero)] {
+            for (disk, name, buf, zero) in [
+                (first, first_name, &mut *a, one.zero),
+                (second, second_name, &mut *b, two.zero),
+            ] {
                 if zero {
                     buf.fill(0);
                 } else {
-                    read(disk, buf, at)?;
+                    read(disk, name, buf, at)?;
                 }
             }
             if a != b {
@@ -197,7 +206,11 @@ fn mismatch(offset: u64) -> String {
 }
 
 /// The sector of the first byte from `from` that is not zero.
-fn first_data(disk: &dyn DiskFile, from: u64, progress: &Progress) -> Outcome<Option<u64>> {
+fn first_data(
+    (disk, name): (&dyn DiskFile, &str),
+    from: u64,
+    progress: &Progress,
+) -> Outcome<Option<u64>> {
     let mut buf = vec![0; CHUNK as usize];
     let mut at = from;
     while at < disk.size() {
@@ -206,7 +219,7 @@ fn first_data(disk: &dyn DiskFile, from: u64, progress: &Progress) -> Outcome<Op
         if !state.zero {
             len = len.min(CHUNK);
             let buf = &mut buf[..len as usize];
-            read(disk, buf, at)?;
+            read(disk, name, buf, at)?;
             if !bytes::is_zero(buf) {
                 let byte = buf.iter().position(|byte| *byte != 0).unwrap_or(0) as u64;
                 return Ok(Some((at + byte) / 512 * 512));

@@ -121,13 +121,8 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
             let full = metadata + virtual_size.next_multiple_of(cluster);
             (metadata + data, full)
         }
-        Some(_) => {
-            let data = match &source {
-                Some(disk) => allocated(&**disk, 512)?,
-                None => virtual_size,
-            };
-            (if preallocated { virtual_size } else { data }, virtual_size)
-        }
+        // A raw image is as long as the disk; what a file system keeps of it is its own affair.
+        Some(_) => (virtual_size, virtual_size),
         None => {
             let format = &args.target_format;
             return Err(Failure::new(format!("Unknown file format '{format}'")));

@@ -1,5 +1,9 @@
 //! `platter resize`: changes the size of the disk.
 
+use block::{
+    DiskFile, Format,
+    maintenance::{self, Preallocate},
+};
 use clap::Args;
 
 use crate::{
@@ -32,7 +36,8 @@ pub(crate) struct ResizeArgs {
     /// The format of the image; detected otherwise
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
-    /// Claim space for what is added: off (the only mode yet)
+    /// Claim space for what is added: off, metadata (places in the file), falloc (space) or full (space,
+    /// written)
     #[arg(long, value_name = "MODE", default_value = "off")]
     preallocation: String,
     /// Allow the disk to get smaller, which loses data
@@ -57,12 +62,17 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
             "Expecting image file name and size",
         ));
     };
-    if args.preallocation != "off" {
-        let mode = &args.preallocation;
-        return Err(Failure::new(format!(
-            "Unsupported preallocation mode '{mode}': only 'off' is supported"
-        )));
-    }
+    let preallocation = match args.preallocation.as_str() {
+        "off" => None,
+        "metadata" => Some(Preallocate::Metadata),
+        "falloc" => Some(Preallocate::Falloc),
+        "full" => Some(Preallocate::Full),
+        other => {
+            return Err(Failure::new(format!(
+                "Invalid preallocation mode '{other}'"
+            )));
+        }
+    };
     let (sign, digits) = match text.split_at_checked(1) {
         Some(("+", rest)) => (1, rest),
         Some(("-", rest)) => (-1, rest),
@@ -71,7 +81,7 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
     let number = size::parse(digits).map_err(|_| Failure::new(not_a_size("size")))?;
     let format = args.format.as_deref();
     let spec = ImageSpec::parse(file, args.image_opts, format, persona)?;
-    let disk = open::open(&spec, &OpenHow::default(), persona)?;
+    let disk = open::open_disk(&spec, &OpenHow::default(), persona)?;
     let current = disk.size();
     let wanted = match sign {
         1 => current.checked_add(number),
@@ -91,8 +101,24 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
              Before performing such an operation, make sure there is no important data there.",
         ));
     }
-    disk.resize(wanted)
-        .map_err(|error| Failure::new(bitmaps::explain(&error, persona)))?;
+    let failed = |error: block::Error| Failure::new(bitmaps::explain(&error, persona));
+    if wanted < current && preallocation.is_some() {
+        return Err(Failure::new(
+            "Preallocation can't be used for shrinking an image",
+        ));
+    }
+    if preallocation == Some(Preallocate::Metadata) && disk.format() == Format::Raw {
+        return Err(Failure::new("Unsupported preallocation mode 'metadata'"));
+    }
+    disk.resize(wanted).map_err(failed)?;
+    if let Some(how) = preallocation {
+        let claimed = maintenance::preallocate(&disk, current, wanted, how);
+        if let Err(error) = claimed {
+            // As it was: a disk that was to have its space and has it not is no success.
+            disk.resize(current).map_err(failed)?;
+            return Err(failed(error));
+        }
+    }
     disk.close()
         .map_err(|error| Failure::new(error.to_string()))?;
     if !args.quiet {

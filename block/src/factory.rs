@@ -83,7 +83,13 @@ impl OpenOptions {
     fn open_named(&self, path: &Path, host: Arc<dyn Host>) -> Result<Disk> {
         self.check()?;
         let pool = Pool::global().map_err(|error| Error::from(error).operation("start pool"))?;
-        let core = DiskCore::new(path, host, pool, self.cache_mode == CacheMode::Unsafe);
+        let core = DiskCore::with_faults(
+            path,
+            host,
+            pool,
+            self.cache_mode == CacheMode::Unsafe,
+            self.faults.clone(),
+        );
         let contexts = Contexts::default();
         let file = core.host.open(path, self.file_options(!self.read_only))?;
         lock_image(

@@ -28,6 +28,7 @@ mod encryption;
 pub mod error;
 pub mod extras;
 mod factory;
+pub mod faults;
 pub mod formats;
 pub mod gate;
 pub mod hooks;

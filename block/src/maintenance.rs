@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use crate::{
-    Disk, DiskFile, Error, GuestRange, Result,
+    Disk, DiskFile, Error, FileId, GuestRange, Result,
     hooks::Mutation,
     image::{BlockStatus, Image},
-    io::{AlignedBuf, Buffers},
+    io::{AlignedBuf, Buffers, FallocateMode, Io},
     serve,
 };
 
@@ -185,6 +185,130 @@ fn copy_chunk(
             disk.write_at(&data[from..to], offset)?;
         }
         from = to;
+    }
+    Ok(())
+}
+
+/// How much of the space of a part of the disk is claimed in advance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocate {
+    /// Places in the file, without space behind them.
+    Metadata,
+    /// Space, which the host has reserved.
+    Falloc,
+    /// Space, which zeroes were written to.
+    Full,
+}
+
+/// Gives every whole cluster of a part of the disk that has none a place in the file, which reads as
+/// zeroes: the part must read as zeroes before. For a raw image the space itself is claimed.
+///
+/// # Errors
+/// The image's of writing, the host's. The disk reads as before then.
+pub fn preallocate(disk: &Disk, start: u64, end: u64, how: Preallocate) -> Result<()> {
+    let image = disk.image();
+    let info = disk.info();
+    let unit = info.cluster_size.unwrap_or(1).max(1);
+    if info.encrypted {
+        // Zeroes of the disk are not zeroes in the file.
+        return write_zeroes(disk, start, end);
+    }
+    let mut at = start.next_multiple_of(unit);
+    if info.cluster_size.is_none() {
+        if how == Preallocate::Metadata {
+            return Ok(());
+        }
+        let file = image.data_file();
+        return disk.with_pin(async |io| claim(io, file, start, end - start, how).await);
+    }
+    let first = at.min(end);
+    if start < first && !has_room(disk, start)? {
+        // The cluster that the part starts in may have more than zeroes before.
+        let range = GuestRange::new(start, first - start);
+        let zeroes = Buffers::owned(AlignedBuf::zeroed(range.len as usize));
+        disk.with_pin(async |io| serve::write_image(&**image, io, range, &zeroes, false).await)?;
+    }
+    while at < end {
+        let status = status(disk, at, end - at)?;
+        let room = status.depth == 0 && status.offset.is_some();
+        if room {
+            at = (at + status.len).next_multiple_of(unit);
+            continue;
+        }
+        let range = GuestRange::new(at, (end - at).min(CHUNK.max(unit)));
+        let done = disk.with_pin(async |io| {
+            let Some(prepared) = image.prepare(io, range).await? else {
+                // Another write was faster.
+                return Ok(unit.min(range.len));
+            };
+            let offset = prepared
+                .offset
+                .0
+                .checked_sub(prepared.head)
+                .ok_or_else(|| Error::corrupt("a prepared write starts before its file"))?;
+            let len = prepared.head + prepared.len + prepared.tail;
+            // The last cluster of the disk has all of its place, too.
+            let len = len.next_multiple_of(unit);
+            claim(io, prepared.file, offset, len, how).await?;
+            let done = prepared.len;
+            prepared.commit.commit(io).await?;
+            Ok(done)
+        })?;
+        at += done.max(1);
+    }
+    disk.flush()
+}
+
+/// Writes zeroes as data.
+fn write_zeroes(disk: &Disk, mut at: u64, end: u64) -> Result<()> {
+    let zeroes = AlignedBuf::zeroed(CHUNK.min(end.saturating_sub(at)) as usize);
+    while at < end {
+        let len = (end - at).min(CHUNK);
+        disk.write_at(&zeroes[..len as usize], at)?;
+        at += len;
+    }
+    disk.flush()
+}
+
+/// Whether the image itself has a place in a file for what is at an offset.
+fn has_room(disk: &Disk, at: u64) -> Result<bool> {
+    let status = status(disk, at, 1)?;
+    Ok(status.depth == 0 && status.offset.is_some())
+}
+
+/// Makes a part of a file that nothing names yet zeroes, with space behind them if asked.
+async fn claim(io: &Io, file: FileId, offset: u64, len: u64, how: Preallocate) -> Result<()> {
+    let end = offset.saturating_add(len);
+    let old_end = io.file_len(file)?;
+    if old_end < end {
+        io.set_len(file, end).await?;
+    }
+    let old = old_end.saturating_sub(offset).min(len);
+    let zeroed = old == 0
+        || io
+            .fallocate(file, FallocateMode::ZeroRange, offset, old)
+            .await
+            .is_ok();
+    if how == Preallocate::Falloc
+        && zeroed
+        && io
+            .fallocate(file, FallocateMode::Allocate, offset, len)
+            .await
+            .is_ok()
+    {
+        return Ok(());
+    }
+    let to_write = match (how, zeroed) {
+        (Preallocate::Metadata, true) => 0,
+        (Preallocate::Metadata, false) => old,
+        _ => len,
+    };
+    let mut done = 0;
+    while done < to_write {
+        let step = (to_write - done).min(CHUNK);
+        let zeroes = AlignedBuf::zeroed(step as usize);
+        io.write(file, offset + done, zeroes).await?;
+        done += step;
     }
     Ok(())
 }

@@ -2,12 +2,14 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use crate::{
     Format,
     crypto::{Secret, Unlock},
+    faults::Faults,
     gate::FileGate,
     io::EngineKind,
 };
@@ -125,6 +127,7 @@ pub struct OpenOptions {
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
+    pub(crate) faults: Option<Arc<Faults>>,
     pub(crate) lock_wait: Duration,
     /// Of the image, then of each image below.
     pub(crate) keys: Vec<Option<Secret>>,
@@ -158,6 +161,7 @@ impl Default for OpenOptions {
             allow_probed_backing: false,
             allow_corrupt: false,
             writable_depth: None,
+            faults: None,
             lock_wait: Duration::ZERO,
             keys: Vec::new(),
             locked: false,
@@ -340,6 +344,13 @@ impl OpenOptions {
     #[must_use]
     pub fn writable_backing(mut self, depth: usize) -> Self {
         self.writable_depth = (depth > 0).then_some(depth);
+        self
+    }
+
+    /// Make operations on the image's own file fail, for tests.
+    #[must_use]
+    pub fn faults(mut self, faults: Arc<Faults>) -> Self {
+        self.faults = Some(faults);
         self
     }
 

@@ -213,6 +213,9 @@ impl QueueInner {
         intent: Intent,
         dsync: bool,
     ) -> Result<(), Buffers> {
+        if self.io.core.faults.is_some() {
+            return Err(buffers);
+        }
         let mut extents = self.extents.borrow_mut();
         extents.clear();
         let mapped =

@@ -11,6 +11,7 @@ use crate::{
     Error, ErrorKind, GuestRange, HostOffset, Result,
     detect::{self, RawGuard},
     encryption::{Encryption, Place},
+    faults::Event,
     hooks::{Hooks, Mutation},
     image::{ExtentKind, Extents, Image, Intent, Prepared},
     io::{AlignedBuf, Buffers, Io, RequestOp, Segment, Segments},
@@ -167,7 +168,10 @@ pub(crate) async fn read(
                 ExtentKind::Zero => buffers.fill_zero(place, extent.len),
                 ExtentKind::Data { file, offset } => {
                     let segments = buffers.part(place, extent.len);
-                    pieces.push(Box::pin(io.read_segments(file, offset.0, segments)));
+                    pieces.push(Box::pin(async move {
+                        io.event(file, Event::ReadAio).await;
+                        io.read_segments(file, offset.0, segments).await
+                    }));
                 }
                 ExtentKind::Encrypted {
                     depth,
@@ -365,6 +369,7 @@ async fn write_extent(
 ) -> Result<()> {
     match kind {
         ExtentKind::Data { file, offset } => {
+            io.event(file, Event::WriteAio).await;
             io.write_segments(file, offset.0, segments, dsync).await
         }
         ExtentKind::Encrypted {
@@ -409,6 +414,7 @@ async fn write_prepared(
         .0
         .checked_sub(prepared.head)
         .ok_or_else(|| Error::corrupt("a prepared write starts before its file"))?;
+    io.event(prepared.file, Event::WriteAio).await;
     match image.encryption() {
         None => {
             io.write_segments(prepared.file, start, segments, false)

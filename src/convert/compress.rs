@@ -51,7 +51,7 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
                     let Ok(Ok(next)) = next else { break };
                     let result = next.and_then(|run| {
                         interrupt::check()?;
-                        one(job, &*sources[run.source].disk, &run, &mut buf)?;
+                        copy_run(job, sources, &run, &mut buf)?;
                         Ok(run.len)
                     });
                     let over = result.is_err();
@@ -85,27 +85,89 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
     })
 }
 
+/// Copies the clusters whose first byte is in a run. One that ends in the next source is put together
+/// from all of them.
+fn copy_run(job: &Job, sources: &[Scanned], run: &Run, buf: &mut [u8]) -> Outcome<()> {
+    let cluster = buf.len() as u64;
+    let end = run.target + run.len;
+    let first = run.target.next_multiple_of(cluster);
+    if first >= end {
+        return Ok(());
+    }
+    let total = sources
+        .last()
+        .map_or(0, |last| last.start + last.disk.size());
+    let whole = if end == total {
+        end
+    } else {
+        (end / cluster * cluster).max(first)
+    };
+    if first < whole {
+        let part = Run {
+            offset: run.offset + (first - run.target),
+            target: first,
+            len: whole - first,
+            ..*run
+        };
+        one(job, &*sources[run.source].disk, &part, buf)?;
+    }
+    if whole == end {
+        return Ok(());
+    }
+    let len = cluster.min(total - whole) as usize;
+    let buf = &mut buf[..len];
+    for source in sources {
+        let from = whole.max(source.start);
+        let to = (whole + len as u64).min(source.start + source.disk.size());
+        if from < to {
+            let part = &mut buf[(from - whole) as usize..(to - whole) as usize];
+            read(job, &*source.disk, part, from - source.start)?;
+        }
+    }
+    write(job, buf, whole)
+}
+
+fn read(job: &Job, source: &dyn DiskFile, buf: &mut [u8], offset: u64) -> Outcome<()> {
+    let Err(error) = source.read_at(buf, offset) else {
+        return Ok(());
+    };
+    if !job.salvage {
+        return Err(Failure::new(format!(
+            "error while reading at byte {offset}: {error}"
+        )));
+    }
+    buf.fill(0);
+    Ok(())
+}
+
+/// Writes one cluster; a zero one says so unless everything is to be written.
+fn write(job: &Job, buf: &[u8], offset: u64) -> Outcome<()> {
+    if job.sparse > 0 && bytes::is_zero(buf) {
+        return zero(job, offset, buf.len() as u64);
+    }
+    job.target
+        .write_compressed(buf, offset)
+        .map_err(|error| write_failed(offset, &error))
+}
+
 fn one(job: &Job, source: &dyn DiskFile, run: &Run, buf: &mut [u8]) -> Outcome<()> {
     match run.kind {
         Kind::Skip => Ok(()),
+        Kind::Zero if job.sparse == 0 => {
+            buf.fill(0);
+            let mut at = 0;
+            while at < run.len {
+                let len = (run.len - at).min(buf.len() as u64);
+                write(job, &buf[..len as usize], run.target + at)?;
+                at += len;
+            }
+            Ok(())
+        }
         Kind::Zero => zero(job, run.target, run.len),
         Kind::Data => {
             let buf = &mut buf[..run.len as usize];
-            if let Err(error) = source.read_at(buf, run.offset) {
-                if !job.salvage {
-                    let at = run.offset;
-                    return Err(Failure::new(format!(
-                        "error while reading at byte {at}: {error}"
-                    )));
-                }
-                buf.fill(0);
-            }
-            if job.sparse > 0 && bytes::is_zero(buf) {
-                return zero(job, run.target, run.len);
-            }
-            job.target
-                .write_compressed(buf, run.target)
-                .map_err(|error| write_failed(run.target, &error))
+            read(job, source, buf, run.offset)?;
+            write(job, buf, run.target)
         }
     }
 }

@@ -180,7 +180,12 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
     let backing = options
         .get("backing_file")
         .is_some_and(|name| !name.is_empty());
-    if backing && options.get("backing_fmt").is_none() {
+    if backing && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    if backing && !args.no_create && options.get("backing_fmt").is_none() {
         return Err(Failure::new(
             "Use of backing file requires explicit backing format",
         ));
@@ -226,9 +231,6 @@ fn check(args: &ConvertArgs) -> Outcome<()> {
     }
     if args.no_create && !args.options.is_empty() {
         return refuse("-o has no effect when skipping image creation");
-    }
-    if args.no_create && args.backing.is_some() {
-        return refuse("-B has no effect when skipping image creation");
     }
     if args.target_is_zero && !args.no_create {
         return refuse("--target-is-zero requires use of -n flag");

@@ -4,6 +4,7 @@
 pub(crate) mod bitmaps;
 pub(crate) mod chain;
 pub(crate) mod create;
+pub(crate) mod faults;
 pub(crate) mod maintenance;
 pub(crate) mod open;
 pub(crate) mod overlay;

@@ -1,6 +1,6 @@
 //! Opening the images that the command line names.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
@@ -11,6 +11,7 @@ use clap::Args;
 use crate::{
     grumble,
     image::{
+        faults,
         qcow2_options::CacheOptions,
         spec::{ImageSpec, could_not_open, named_format},
     },
@@ -169,6 +170,9 @@ pub(crate) fn open_disk_quietly(
 ) -> Result<Disk, String> {
     let mut how = how.clone();
     let mut options = spec.options.clone();
+    if spec.faults.is_some() {
+        faults::take_limits(&mut options)?;
+    }
     let caches = CacheOptions::take(&mut options)?;
     let mut locking = Locking::Auto;
     apply(&mut options, &mut how, &mut locking)?;
@@ -216,6 +220,9 @@ pub(crate) fn open_disk_quietly(
             open.snapshot_by(id.as_deref(), name.as_deref())
         }
     };
+    if let Some(faults) = &spec.faults {
+        open = open.faults(Arc::clone(faults));
+    }
     if let Some(path) = &how.data_file {
         open = open.data_file(Path::new(path));
     }

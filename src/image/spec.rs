@@ -1,15 +1,21 @@
 //! How an image is named: a path, `driver=…,file.filename=…` or, under QEMU's names, `json:{…}` and
 //! `file:path`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use block::Format;
+use block::{Format, faults::Faults};
 use serde_json::Value;
 
-use crate::util::{
-    failure::{Failure, Outcome},
-    keyval::KeyVals,
-    persona::Persona,
+use crate::{
+    image::faults,
+    util::{
+        failure::{Failure, Outcome},
+        keyval::KeyVals,
+        persona::Persona,
+    },
 };
 
 /// An image as it was named on the command line.
@@ -21,6 +27,8 @@ pub(crate) struct ImageSpec {
     pub(crate) format: Option<Format>,
     /// The remaining options of the driver.
     pub(crate) options: KeyVals,
+    /// Faults on purpose.
+    pub(crate) faults: Option<Arc<Faults>>,
 }
 
 impl ImageSpec {
@@ -53,6 +61,15 @@ impl ImageSpec {
                 return Self::from_options(options, persona).map_err(|message| fail(&message));
             }
             if let Some((protocol, rest)) = protocol_of(text) {
+                if protocol == "blkdebug" {
+                    let (config, file) = rest
+                        .split_once(':')
+                        .ok_or_else(|| fail("blkdebug requires raw copy-on-write filename"))?;
+                    let faults = faults::from_file(config).map_err(|message| fail(&message))?;
+                    let mut spec = Self::plain(file, format);
+                    spec.faults = Some(faults);
+                    return Ok(spec);
+                }
                 if protocol != "file" {
                     return Err(fail(&format!("Unknown protocol '{protocol}'")));
                 }
@@ -74,12 +91,20 @@ impl ImageSpec {
             path: path.into(),
             format,
             options: KeyVals::default(),
+            faults: None,
         }
     }
 
     /// Adds options given apart from the name.
     pub(crate) fn with_options(mut self, options: KeyVals) -> Outcome<Self> {
         self.options.extend(options);
+        if self.faults.is_some() && self.options.get("driver") == Some("blkdebug") {
+            // The filter is named twice: the format is that of what it filters.
+            self.options.take("driver");
+            if let Some(driver) = self.options.take("image.driver") {
+                self.options.push("driver", &driver);
+            }
+        }
         if let Some(driver) = self.options.take("driver") {
             let format = named_format(&driver).map_err(Failure::new)?;
             self.format = Some(format);
@@ -91,6 +116,11 @@ impl ImageSpec {
         if options.is_empty() {
             return Err("Must specify either driver or file".into());
         }
+        let debugged = persona
+            .is_qemu()
+            .then(|| faults::take_filter(&mut options))
+            .transpose()?
+            .flatten();
         let mut driver = options.take("driver");
         let mut path = options.take("file.filename");
         let protocol = options.take("file.driver");
@@ -120,6 +150,7 @@ impl ImageSpec {
             path,
             format,
             options,
+            faults: debugged,
         })
     }
 

@@ -6,10 +6,12 @@ use crate::util::size::{self, SizeError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verb {
     Abort,
+    AioDiscard,
     AioFlush,
     AioRead,
     AioWrite,
     Alloc,
+    Break,
     Close,
     Discard,
     Flush,
@@ -21,10 +23,13 @@ pub(crate) enum Verb {
     Quit,
     Read,
     Readv,
+    RemoveBreak,
     Reopen,
+    Resume,
     Sigraise,
     Sleep,
     Truncate,
+    WaitBreak,
     Write,
     Writev,
 }
@@ -87,10 +92,12 @@ macro_rules! command {
 #[rustfmt::skip]
 pub(crate) const COMMANDS: &[Command] = &[
     command!(Abort, "abort", "", 0..Some(0), "", "", "simulate a program crash using abort(3)", image false, writes false),
+    command!(AioDiscard, "aio_discard", "", 2..None, "Cq", "[-Cq] off len", "asynchronously discards a number of bytes", image true, writes true),
     command!(AioFlush, "aio_flush", "", 0..Some(0), "", "", "completes all outstanding aio requests", image true, writes false),
     command!(AioRead, "aio_read", "", 2..None, "CP:iqrv", "[-Ciqrv] [-P pattern] off len [len..]", "asynchronously reads a number of bytes", image true, writes false),
     command!(AioWrite, "aio_write", "", 2..None, "CfiP:qruz", "[-Cfiqruz] [-P pattern] off len [len..]", "asynchronously writes a number of bytes", image true, writes true),
     command!(Alloc, "alloc", "a", 1..Some(2), "", "offset [count]", "checks if offset is allocated in the file", image true, writes false),
+    command!(Break, "break", "", 2..Some(2), "", "event tag", "sets a breakpoint on event and tags the stopped request as tag", image true, writes false),
     command!(Close, "close", "c", 0..Some(0), "", "", "close the current open file", image true, writes false),
     command!(Discard, "discard", "d", 2..None, "Cq", "[-Cq] off len", "discards a number of bytes at a specified offset", image true, writes true),
     command!(Flush, "flush", "f", 0..Some(0), "", "", "flush all in-core file state to disk", image true, writes false),
@@ -102,10 +109,13 @@ pub(crate) const COMMANDS: &[Command] = &[
     command!(Quit, "quit", "q", 0..Some(0), "", "", "exit the program", image false, writes false),
     command!(Read, "read", "r", 2..None, "abCl:pP:qrs:v", "[-abCqrv] [-P pattern [-s off] [-l len]] off len", "reads a number of bytes at a specified offset", image true, writes false),
     command!(Readv, "readv", "rv", 2..None, "CP:qrv", "[-Cqrv] [-P pattern] off len [len..]", "reads a number of bytes at a specified offset", image true, writes false),
+    command!(RemoveBreak, "remove_break", "", 1..Some(1), "", "tag", "remove a breakpoint by tag", image true, writes false),
     command!(Reopen, "reopen", "", 0..None, "c:o:rw", "[(-r|-w)] [-c cache] [-o options]", "reopens an image with new options", image true, writes false),
+    command!(Resume, "resume", "", 1..Some(1), "", "tag", "resumes the request tagged as tag", image true, writes false),
     command!(Sigraise, "sigraise", "", 1..Some(1), "", "signal", "raises a signal", image false, writes false),
     command!(Sleep, "sleep", "", 1..Some(1), "", "", "waits for the given value in milliseconds", image false, writes false),
     command!(Truncate, "truncate", "t", 1..Some(3), "m:", "[-m prealloc_mode] off", "truncates the current file at the given offset", image true, writes true),
+    command!(WaitBreak, "wait_break", "", 1..Some(1), "", "tag", "waits for the suspension of a request", image true, writes false),
     command!(Write, "write", "w", 2..None, "bcCfnpP:qrs:uz", "[-bcCfnqruz] [-P pattern | -s source_file] off len", "writes a number of bytes at a specified offset", image true, writes true),
     command!(Writev, "writev", "wv", 2..None, "CfqrP:", "[-Cfqr] [-P pattern] off len [len..]", "writes a number of bytes at a specified offset", image true, writes true),
 ];

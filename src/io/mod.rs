@@ -1,6 +1,7 @@
 //! `platter io`: the command language of qemu-io.
 
 mod control;
+mod faults;
 mod lang;
 mod queue;
 mod report;
@@ -307,6 +308,7 @@ impl Session {
             Verb::Write => transfer::write(opened, command, &parsed, false),
             Verb::Writev => transfer::write(opened, command, &parsed, true),
             Verb::AioRead => transfer::aio_read(opened, command, &parsed),
+            Verb::AioDiscard => transfer::aio_discard(opened, command, &parsed),
             Verb::AioWrite => transfer::aio_write(opened, command, &parsed),
             Verb::Discard => transfer::discard(opened, command, &parsed),
             Verb::Flush => control::flush(opened),
@@ -317,6 +319,10 @@ impl Session {
                 opened.drain();
                 Ok(())
             }
+            Verb::Break => faults::set(opened, &parsed),
+            Verb::RemoveBreak => faults::remove(opened, &parsed),
+            Verb::Resume => faults::resume(opened, &parsed),
+            Verb::WaitBreak => faults::wait(opened, &parsed),
             Verb::Info => {
                 control::info(opened);
                 Ok(())

@@ -93,6 +93,13 @@ impl Opened {
         self.submit(op);
     }
 
+    /// Waits a moment for anything to happen.
+    pub(super) fn wait_a_moment(&mut self) {
+        self.batch.clear();
+        let _ = self.queue.wait(Some(Duration::from_millis(5)));
+        self.poll();
+    }
+
     /// Reports what has ended, without waiting.
     pub(super) fn poll(&mut self) {
         if !self.pending.is_empty()

@@ -327,6 +327,29 @@ pub(super) fn discard(
     Ok(())
 }
 
+/// `aio_discard`.
+pub(super) fn aio_discard(
+    opened: &mut Opened,
+    command: &'static Command,
+    args: &Parsed,
+) -> Result<(), Said> {
+    let (offset, len) = range(command, args)?;
+    let pending = Pending {
+        name: "aio_discard",
+        verb: "discarded ",
+        style: Style {
+            dump: false,
+            ..style(args)
+        },
+        offset,
+        len,
+        pattern: None,
+        started: Instant::now(),
+    };
+    opened.start(RequestOp::Discard { offset, len }, pending);
+    Ok(())
+}
+
 /// `aio_read`.
 pub(super) fn aio_read(
     opened: &mut Opened,

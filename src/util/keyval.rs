@@ -47,6 +47,27 @@ impl KeyVals {
         found
     }
 
+    /// Removes every pair whose key starts with `prefix` and returns them without it.
+    pub(crate) fn take_below(&mut self, prefix: &str) -> Self {
+        let mut found = Self::default();
+        self.0.retain(|(key, value)| {
+            let below = key.strip_prefix(prefix);
+            if let Some(key) = below {
+                found.push(key, value);
+            }
+            below.is_none()
+        });
+        found
+    }
+
+    /// The same pairs, each key with `prefix` in front.
+    pub(crate) fn prefixed(mut self, prefix: &str) -> Self {
+        for (key, _) in &mut self.0 {
+            key.insert_str(0, prefix);
+        }
+        self
+    }
+
     /// The last value of that key.
     pub(crate) fn get(&self, key: &str) -> Option<&str> {
         let found = self.0.iter().rev().find(|(k, _)| k == key);

@@ -10,7 +10,7 @@ use std::{
 
 use super::{Host, HostFile, Pool, operation::Eof, pins::Pins, ranges::RangeTable};
 use crate::sync::Coalescer;
-use crate::{FileId, Result};
+use crate::{FileId, Result, faults::Faults};
 
 /// What a file of a disk is used for: it decides what the end of the file means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,11 +73,23 @@ pub(crate) struct DiskCore {
     pub(crate) pool: Pool,
     /// Nothing of the disk is ever synced to the host's disk.
     pub(crate) never_sync: bool,
+    /// Faults on purpose, for the first file.
+    pub(crate) faults: Option<Arc<Faults>>,
     files: RwLock<Vec<Arc<FileEntry>>>,
 }
 
 impl DiskCore {
     pub(crate) fn new(path: &Path, host: Arc<dyn Host>, pool: Pool, never_sync: bool) -> Arc<Self> {
+        Self::with_faults(path, host, pool, never_sync, None)
+    }
+
+    pub(crate) fn with_faults(
+        path: &Path,
+        host: Arc<dyn Host>,
+        pool: Pool,
+        never_sync: bool,
+        faults: Option<Arc<Faults>>,
+    ) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -86,6 +98,7 @@ impl DiskCore {
             pins: Arc::default(),
             pool,
             never_sync,
+            faults,
             files: RwLock::default(),
         })
     }

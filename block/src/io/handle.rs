@@ -18,6 +18,7 @@ use super::{
     operation::{Eof, NewOp, OpKind},
     pins::QueuePins,
 };
+use crate::faults::{Event, Operation};
 use crate::sync::{join_all, lock};
 use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
 
@@ -135,6 +136,13 @@ impl Io {
         eof: Eof,
     ) -> Result<AlignedBuf> {
         let (entry, engine_file) = self.open_file(file)?;
+        self.inject(file, Operation::Read, offset, len as u64)
+            .map_err(|kind| {
+                Error::new(kind)
+                    .operation("read")
+                    .offset(offset)
+                    .path(entry.path())
+            })?;
         let unit = entry.file.alignment().offset;
         let lead = offset % u64::from(unit);
         let span = usize::try_from(lead)
@@ -190,6 +198,15 @@ impl Io {
             buffers::scatter(&segments, &buffer);
             return Ok(());
         }
+        let fail = |kind: ErrorKind| {
+            Error::new(kind)
+                .operation("read")
+                .offset(offset)
+                .path(entry.path())
+        };
+        let len = segments.iter().map(|segment| segment.len() as u64).sum();
+        self.inject(file, Operation::Read, offset, len)
+            .map_err(fail)?;
         let (result, _) = self
             .driver
             .operation(NewOp {
@@ -201,12 +218,7 @@ impl Io {
                 buffer: None,
             })
             .await;
-        result.map_err(|kind| {
-            Error::new(kind)
-                .operation("read")
-                .offset(offset)
-                .path(entry.path())
-        })
+        result.map_err(fail)
     }
 
     /// Writes a buffer and gives it back.
@@ -286,6 +298,9 @@ impl Io {
         if !entry.file.is_writable() {
             return Err(fail(ErrorKind::ReadOnly));
         }
+        let len = segments.iter().map(|segment| segment.len() as u64).sum();
+        self.inject(file, Operation::Write, offset, len)
+            .map_err(fail)?;
         let (result, buffer) = self
             .driver
             .operation(NewOp {
@@ -374,6 +389,8 @@ impl Io {
         if entry.sync_failed.load(Ordering::Acquire) {
             return Err(fail(ErrorKind::SyncFailed));
         }
+        self.event(file, Event::FlushToDisk).await;
+        self.inject(file, Operation::Flush, 0, 0).map_err(fail)?;
         entry
             .sync
             .run(|| async {
@@ -417,6 +434,12 @@ impl Io {
         if !entry.file.is_writable() {
             return Err(Error::new(ErrorKind::ReadOnly).path(entry.path()));
         }
+        let operation = match mode {
+            FallocateMode::PunchHole => Operation::Discard,
+            _ => Operation::WriteZeroes,
+        };
+        self.inject(file, operation, offset, len)
+            .map_err(|kind| Error::new(kind).operation("fallocate").path(entry.path()))?;
         let unit = u64::from(entry.file.alignment().offset);
         let _range = match &entry.ranges {
             Some(ranges) => {
@@ -459,6 +482,8 @@ impl Io {
     /// The host's error.
     pub async fn next_data(&self, file: FileId, offset: u64) -> Result<Option<(u64, u64)>> {
         let (entry, _) = self.open_file(file)?;
+        self.inject(file, Operation::BlockStatus, offset, 1)
+            .map_err(|kind| Error::new(kind).operation("seek").path(entry.path()))?;
         self.run(move || entry.file.next_data(offset)).await?
     }
 

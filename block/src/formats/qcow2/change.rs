@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     ErrorKind, GuestOffset, GuestRange, Result,
+    faults::Event,
     io::{AlignedBuf, FallocateMode, Io},
     table::{SliceChange, WritePin},
 };
@@ -166,6 +167,7 @@ impl Qcow2 {
         if !self.writable {
             return Err(read_only());
         }
+        io.event(self.file, Event::EmptyImagePrepare).await;
         let size = self.size.load(Ordering::Acquire);
         let end = size.div_ceil(self.geometry.cluster_size());
         self.forget_clusters(io, 0, end).await?;

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     FileId, Result,
+    faults::Event,
     io::{AlignedBuf, Io},
     sync::join_all,
 };
@@ -40,11 +41,15 @@ async fn write_dirty(
         table,
         moved,
     } = refcounts.take_dirty();
+    if !blocks.is_empty() {
+        io.event(file, Event::RefblockUpdate).await;
+    }
     write_pieces(io, file, blocks).await?;
     let Some((offset, bytes)) = table else {
         return Ok(());
     };
     io.sync(file).await?;
+    io.event(file, Event::ReftableUpdate).await;
     io.write(file, offset, AlignedBuf::from_slice(&bytes))
         .await?;
     let Some(moved) = moved else {

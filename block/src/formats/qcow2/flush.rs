@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     Result,
+    faults::Event,
     io::{FallocateMode, Io},
     sync::{join_all, lock},
     table::{SliceChange, TableSlice},
@@ -215,6 +216,10 @@ impl Qcow2 {
         self.sync_files(io).await?;
         self.pending.synced.store(true, Ordering::Release);
         if !copies.is_empty() {
+            if self.pending.l1.load(Ordering::Acquire) == l1_state::WRITING {
+                io.event(self.file, Event::L1Update).await;
+            }
+            io.event(self.file, Event::L2Update).await;
             write_pieces(io, self.file, copies).await?;
             io.sync(self.file).await?;
         }
