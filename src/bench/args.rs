@@ -74,9 +74,9 @@ pub(crate) struct BenchArgs {
     /// The engine: sync, io_uring or linux-aio (fio's names psync and libaio work, too)
     #[arg(long, alias = "ioengine", value_name = "ENGINE", value_parser = engine)]
     pub(super) engine: Option<EngineKind>,
-    /// The front end: none (straight through AsyncIo), virtio-blk, nvme, or both (none and
-    /// virtio-blk); without an image both, else none
-    #[arg(long, value_name = "none|virtio-blk|nvme|both")]
+    /// The front end: none (straight through AsyncIo), virtio-blk, nvme, ahci (one port a job, queued
+    /// commands, at most 32 at once), or both (none and virtio-blk); without an image both, else none
+    #[arg(long, value_name = "none|virtio-blk|nvme|ahci|both")]
     device: Option<String>,
     /// Cache mode
     #[arg(short = 't', long, value_name = "MODE")]
@@ -190,10 +190,11 @@ impl BenchArgs {
             Some("none") => vec![FrontEnd::AsyncIo],
             Some("virtio-blk") => vec![FrontEnd::VirtioBlk],
             Some("nvme") => vec![FrontEnd::Nvme],
+            Some("ahci") => vec![FrontEnd::Ahci],
             Some("both") => vec![FrontEnd::AsyncIo, FrontEnd::VirtioBlk],
             Some(other) => {
                 return Err(Failure::new(format!(
-                    "--device '{other}': expected none, virtio-blk, nvme or both"
+                    "--device '{other}': expected none, virtio-blk, nvme, ahci or both"
                 )));
             }
         }))

@@ -21,6 +21,8 @@ pub(super) enum FrontEnd {
     VirtioBlk,
     /// Queue pairs in guest memory, and the NVMe controller behind them.
     Nvme,
+    /// A command list in guest memory, and an AHCI host bus adapter behind it.
+    Ahci,
 }
 
 impl fmt::Display for FrontEnd {
@@ -29,6 +31,7 @@ impl fmt::Display for FrontEnd {
             FrontEnd::AsyncIo => "async-io",
             FrontEnd::VirtioBlk => "virtio-blk",
             FrontEnd::Nvme => "nvme",
+            FrontEnd::Ahci => "ahci",
         })
     }
 }

@@ -11,6 +11,7 @@ use virtio_devices::histogram::Histogram;
 
 use crate::{
     bench::{
+        ahci::AhciLane,
         fill::{self, Model, SECTOR, STAMP},
         lane::{AsyncLane, Ended, FrontEnd, Lane, Op},
         nvme::NvmeLane,
@@ -72,7 +73,7 @@ pub(super) fn run(
     mut model: Option<&mut Model>,
 ) -> Outcome<Measured> {
     let device = match front_end {
-        FrontEnd::AsyncIo | FrontEnd::Nvme => None,
+        FrontEnd::AsyncIo | FrontEnd::Nvme | FrontEnd::Ahci => None,
         FrontEnd::VirtioBlk => Some(virtio::device(disk, load.jobs, load.depth)?),
     };
     let ready = Barrier::new(load.jobs + 1);
@@ -93,6 +94,10 @@ pub(super) fn run(
                 let lane: Outcome<Box<dyn Lane>> = match device {
                     None if front_end == FrontEnd::Nvme => {
                         NvmeLane::new(&*disk, load.depth, load.bs)
+                            .map(|lane| Box::new(lane) as Box<dyn Lane>)
+                    }
+                    None if front_end == FrontEnd::Ahci => {
+                        AhciLane::new(&*disk, load.depth, load.bs)
                             .map(|lane| Box::new(lane) as Box<dyn Lane>)
                     }
                     None => AsyncLane::new(&*disk, load.depth, load.bs)
