@@ -105,7 +105,8 @@ fn cut_points(setup: &Setup, rng: &mut Rng) -> Vec<u64> {
     }
     // Every boundary of a cluster, for what discards do.
     if setup.format == Format::Qcow2 {
-        points.extend((0..end).step_by(setup.cluster_size as usize));
+        let unit = setup.cluster_size / if setup.extended { 32 } else { 1 };
+        points.extend((0..end).step_by(unit as usize));
     }
     for _ in 0..30 {
         let any = rng.below(end);

@@ -36,6 +36,7 @@ impl Qcow2 {
         .await;
         // Also after an error: tables on the disk may have changed, if only in their flags.
         self.slices.retire(0, u64::MAX);
+        self.overlap.forget();
         self.decompressed.forget_all();
         self.l1.set(header.l1_table_offset, header.l1_size);
         self.refcounts.l1_moved(

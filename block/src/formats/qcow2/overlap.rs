@@ -120,6 +120,11 @@ impl Overlap {
         }
     }
 
+    /// Snapshots changed which tables there are: what is known is found out anew.
+    pub(super) fn forget(&self) {
+        lock(&self.known).built_for = None;
+    }
+
     /// What a cluster is known to be.
     fn find(&self, cluster: u64) -> u8 {
         let Some(filter) = self.filter.get() else {
