@@ -5,7 +5,7 @@ use clap::Args;
 
 use crate::{
     image::{
-        maintenance,
+        encryption, maintenance,
         open::{self, OpenHow},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -33,6 +33,14 @@ EXAMPLES
   Very many snapshots need wider reference counts:
     platter amend -o refcount_bits=32 disk.qcow2
 
+  Another password, then the old one is no use any more:
+    platter amend --object secret,id=old,file=a --object secret,id=new,file=b --image-opts \
+      -o encrypt.state=active,encrypt.new-secret=new \
+      driver=qcow2,file.filename=disk.qcow2,encrypt.key-secret=old
+    platter amend --object secret,id=old,file=a --object secret,id=new,file=b --image-opts \
+      -o encrypt.state=inactive,encrypt.old-secret=old \
+      driver=qcow2,file.filename=disk.qcow2,encrypt.key-secret=new
+
   What can be changed?
     platter amend -f qcow2 -o help
 
@@ -49,6 +57,9 @@ pub(crate) struct AmendArgs {
     /// Cache mode
     #[arg(short = 't', long, value_name = "MODE", default_value = "writeback")]
     cache: String,
+    /// Change passwords even if the image, or a key slot, is lost by that
+    #[arg(long)]
+    force: bool,
     /// Show progress
     #[arg(short, long)]
     progress: bool,
@@ -69,14 +80,35 @@ Amend options for 'qcow2':
   compat=<str>           - Compatibility level (v2 [0.10] or v3 [1.1])
   data_file=<str>        - File name of an external data file
   data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image
+  encrypt.iter-time=<num> - Time to spend in PBKDF in milliseconds
+  encrypt.keyslot=<num>  - Select a single keyslot to modify explicitly
+  encrypt.new-secret=<str> - New secret to set in the matching keyslots
+  encrypt.old-secret=<str> - Select all keyslots that match this password
+  encrypt.state=<str>    - Select new state of affected keyslots (active/inactive)
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   refcount_bits=<num>    - Width of a reference count entry in bits
   size=<size>            - Virtual disk size";
+
+/// The same for LUKS.
+const LUKS_HELP: &str = "\
+Amend options for 'luks':
+  iter-time=<num>        - Time to spend in PBKDF in milliseconds
+  keyslot=<num>          - Select a single keyslot to modify explicitly
+  new-secret=<str>       - New secret to set in the matching keyslots
+  old-secret=<str>       - Select all keyslots that match this password
+  state=<str>            - Select new state of affected keyslots (active/inactive)";
 
 /// Options of `create` that no image changes once it is there.
 const CREATION_ONLY: &[&str] = &[
     "cluster_size",
     "compression_type",
+    "encrypt.cipher-alg",
+    "encrypt.cipher-mode",
+    "encrypt.format",
+    "encrypt.hash-alg",
+    "encrypt.ivgen-alg",
+    "encrypt.ivgen-hash-alg",
+    "encrypt.key-secret",
     "encryption",
     "extended_l2",
     "nocow",
@@ -114,11 +146,23 @@ pub(crate) fn run(args: &AmendArgs, persona: Persona) -> Outcome {
         ..OpenHow::default()
     };
     let disk = open::open_disk(&spec, &how, persona)?;
-    if disk.format() != Format::Qcow2 {
+    if !matches!(disk.format(), Format::Qcow2 | Format::Luks) {
         let format = disk.format();
         return Err(Failure::new(format!(
             "Format driver '{format}' does not support option amendment"
         )));
+    }
+    let failed = |error: block::Error| Failure::new(error.message());
+    let change = encryption::take_key_change(&mut options, disk.format(), args.force);
+    if let Some(change) = change.map_err(Failure::new)? {
+        disk.change_keys(&change).map_err(failed)?;
+    }
+    if disk.format() == Format::Luks {
+        if let Some(key) = options.first_key() {
+            return Err(Failure::new(format!("Invalid parameter '{key}'")));
+        }
+        disk.close().map_err(failed)?;
+        return Ok(0);
     }
     let info = disk.info();
     check_backing(&mut options, &info)?;
@@ -135,7 +179,6 @@ pub(crate) fn run(args: &AmendArgs, persona: Persona) -> Outcome {
         bar.advance(done.saturating_sub(last));
         last = done;
     };
-    let failed = |error: block::Error| Failure::new(error.message());
     let version = wanted.image.version;
     maintenance::amend(&spec.path, &wanted.image, &mut step).map_err(failed)?;
     if let Some(size) = wanted.size {
@@ -160,6 +203,10 @@ fn help(args: &AmendArgs) -> Outcome {
     match args.format.as_deref() {
         None | Some("qcow2") => {
             say!("{HELP}");
+            Ok(0)
+        }
+        Some("luks") => {
+            say!("{LUKS_HELP}");
             Ok(0)
         }
         Some(other) => Err(Failure::new(format!(

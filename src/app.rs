@@ -20,6 +20,7 @@ use crate::{
     dd::DdArgs,
     docs::ManArgs,
     grumble,
+    image::secrets,
     info::InfoArgs,
     io::IoArgs,
     map::MapArgs,
@@ -55,6 +56,9 @@ struct PlatterCli {
     /// Tell more about what happens, on standard error; again for even more (or set RUST_LOG)
     #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 900)]
     verbose: u8,
+    /// Define a secret: secret,id=ID,data=TEXT or secret,id=ID,file=PATH, with format=base64 or raw
+    #[arg(long, global = true, value_name = "OBJECT", display_order = 890)]
+    object: Vec<String>,
     #[command(subcommand)]
     command: PlatterCommand,
 }
@@ -96,6 +100,9 @@ enum ImageCommand {
 #[derive(Parser, Debug)]
 #[command(name = "qemu-img", max_term_width = 100, args_override_self = true)]
 struct QemuImgCli {
+    /// Define a secret: secret,id=ID,data=TEXT or secret,id=ID,file=PATH, with format=base64 or raw
+    #[arg(long, global = true, value_name = "OBJECT", display_order = 890)]
+    object: Vec<String>,
     #[command(subcommand)]
     command: ImageCommand,
 }
@@ -104,6 +111,9 @@ struct QemuImgCli {
 #[derive(Parser, Debug)]
 #[command(name = "qemu-io", max_term_width = 100, args_override_self = true)]
 struct QemuIoCli {
+    /// Define a secret: secret,id=ID,data=TEXT or secret,id=ID,file=PATH, with format=base64 or raw
+    #[arg(long, global = true, value_name = "OBJECT", display_order = 890)]
+    object: Vec<String>,
     #[command(flatten)]
     args: IoArgs,
 }
@@ -119,14 +129,17 @@ pub(crate) fn run(args: Vec<OsString>) -> u8 {
     let outcome = match persona {
         Persona::Platter => parse::<PlatterCli>(args, persona).map(|cli| {
             start_tracing(cli.verbose, persona);
+            secrets::define(&cli.object)?;
             run_platter(cli.command, persona)
         }),
         Persona::QemuImg => parse::<QemuImgCli>(args, persona).map(|cli| {
             start_tracing(0, persona);
+            secrets::define(&cli.object)?;
             run_image(cli.command, persona)
         }),
         Persona::QemuIo => parse::<QemuIoCli>(args, persona).map(|cli| {
             start_tracing(0, persona);
+            secrets::define(&cli.object)?;
             crate::io::run(&cli.args, persona)
         }),
     };

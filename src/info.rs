@@ -59,6 +59,7 @@ pub(crate) fn run(args: &InfoArgs, persona: Persona) -> Outcome {
     let how = OpenHow {
         force_share: args.share.force_share,
         no_backing: true,
+        locked: true,
         ..OpenHow::reading()
     };
     let disks = if args.backing_chain {
@@ -66,8 +67,16 @@ pub(crate) fn run(args: &InfoArgs, persona: Persona) -> Outcome {
     } else {
         vec![open::open(&spec, &how, persona)?]
     };
+    let name_of = |at: usize, disk: &dyn DiskFile| match spec.json_name() {
+        Some(name) if at == 0 && persona.is_qemu() => name,
+        _ => disk.path().display().to_string(),
+    };
     if args.output == "json" {
-        let list: Vec<_> = disks.iter().map(|disk| describe(&**disk)).collect();
+        let list: Vec<_> = disks
+            .iter()
+            .enumerate()
+            .map(|(at, disk)| describe(&**disk, &name_of(at, &**disk)))
+            .collect();
         match list.as_slice() {
             [one] if !args.backing_chain => json::print(one),
             list => json::print(&list),
@@ -77,7 +86,7 @@ pub(crate) fn run(args: &InfoArgs, persona: Persona) -> Outcome {
             if at > 0 {
                 say!("");
             }
-            print(&**disk);
+            print(&**disk, &name_of(at, &**disk));
         }
     }
     Ok(0)
@@ -110,7 +119,7 @@ const ORDER: &[&str] = &[
     "dirty-flag",
 ];
 
-fn describe(disk: &dyn DiskFile) -> json::InOrder {
+fn describe(disk: &dyn DiskFile, shown: &str) -> json::InOrder {
     let info = disk.info();
     let name = disk.path().display().to_string();
     let (length, used) = host_file(disk.path());
@@ -133,7 +142,7 @@ fn describe(disk: &dyn DiskFile) -> json::InOrder {
         }}]),
     );
     map.insert("virtual-size".into(), disk.size().into());
-    map.insert("filename".into(), name.into());
+    map.insert("filename".into(), shown.into());
     map.insert("format".into(), disk.format().name().into());
     map.insert("dirty-flag".into(), info.dirty.into());
     if let Ok(used) = disk.physical_size() {
@@ -182,11 +191,11 @@ fn describe(disk: &dyn DiskFile) -> json::InOrder {
     json::InOrder { map, order: ORDER }
 }
 
-fn print(disk: &dyn DiskFile) {
+fn print(disk: &dyn DiskFile, shown: &str) {
     let info = disk.info();
     let name = disk.path().display();
     let size = disk.size();
-    say!("image: {name}");
+    say!("image: {shown}");
     say!("file format: {}", disk.format());
     say!("virtual size: {} ({size} bytes)", size::human(size));
     if let Ok(used) = disk.physical_size() {
@@ -242,7 +251,13 @@ pub(crate) fn print_specific(info: &ImageInfo, indent: usize) {
         return;
     }
     say!("{:indent$}Format specific information:", "");
-    // The order of QEMU, then whatever else there is.
+    for (key, value) in in_order(&info.format_specific) {
+        print_value(&key.replace('-', " "), value, indent + 4);
+    }
+}
+
+/// Fields in the order of QEMU, then whatever else there is.
+fn in_order(map: &Map<String, Value>) -> Vec<(&String, &Value)> {
     let order = [
         "compat",
         "data-file",
@@ -254,6 +269,24 @@ pub(crate) fn print_specific(info: &ImageInfo, indent: usize) {
         "corrupt",
         "encrypt",
         "extended-l2",
+        "ivgen-alg",
+        "detached-header",
+        "ivgen-hash-alg",
+        "hash-alg",
+        "cipher-alg",
+        "uuid",
+        "format",
+        "cipher-mode",
+        "slots",
+        "payload-offset",
+        "master-key-iters",
+        "flags",
+        "name",
+        "granularity",
+        "active",
+        "iters",
+        "key-offset",
+        "stripes",
     ];
     let rank = |key: &str| {
         order
@@ -261,21 +294,16 @@ pub(crate) fn print_specific(info: &ImageInfo, indent: usize) {
             .position(|name| *name == key)
             .unwrap_or(order.len())
     };
-    let mut list: Vec<_> = info.format_specific.iter().collect();
+    let mut list: Vec<_> = map.iter().collect();
     list.sort_by_key(|(key, _)| rank(key));
-    for (key, value) in list {
-        print_value(&key.replace('-', " "), value, indent + 4);
-    }
+    list
 }
 
 fn print_value(key: &str, value: &Value, indent: usize) {
     match value {
         Value::Object(map) => {
             say!("{:indent$}{key}:", "");
-            let mut list: Vec<_> = map.iter().collect();
-            // A bitmap's fields in the order of QEMU.
-            list.sort_by_key(|(key, _)| *key == "granularity");
-            for (key, value) in list {
+            for (key, value) in in_order(map) {
                 print_value(&key.replace('-', " "), value, indent + 4);
             }
         }

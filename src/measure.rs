@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::{
     create::parse_size,
     image::{
-        bitmaps,
+        bitmaps, encryption,
         open::{self, OpenHow, ShareArgs},
         qcow2_options::not_a_size,
         spec::ImageSpec,
@@ -93,6 +93,9 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
     args.options
         .iter()
         .for_each(|list| options.extend(KeyVals::parse(list, None)));
+    let target = Format::from_name(&args.target_format);
+    let encryption = encryption::Wanted::take(&mut options, target.unwrap_or(Format::Raw));
+    let header = encryption.header_len().map_err(Failure::new)?;
     let mut sized = |key: &str, default: u64| -> Outcome<u64> {
         let read = |text: String| size::parse(&text).map_err(|_| Failure::new(not_a_size(key)));
         options.take(key).map_or(Ok(default), read)
@@ -100,7 +103,7 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
     let cluster = sized("cluster_size", 65536)?;
     let refcount_bits = sized("refcount_bits", 16)?;
     let preallocated = matches!(options.get("preallocation"), Some("falloc" | "full"));
-    let (required, full) = match Format::from_name(&args.target_format) {
+    let (required, full) = match target {
         Some(Format::Qcow2) => {
             if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
                 return Err(Failure::new(
@@ -117,9 +120,15 @@ pub(crate) fn run(args: &MeasureArgs, persona: Persona) -> Outcome {
                 None if preallocated => virtual_size,
                 None => 0,
             };
-            let metadata = metadata_size(virtual_size, cluster, refcount_bits);
+            let header = header.next_multiple_of(cluster);
+            let metadata = metadata_size(virtual_size, cluster, refcount_bits, header);
             let full = metadata + virtual_size.next_multiple_of(cluster);
             (metadata + data, full)
+        }
+        // Every sector of it is data.
+        Some(Format::Luks) => {
+            let all = header.saturating_add(virtual_size);
+            (all, all)
         }
         // A raw image is as long as the disk; what a file system keeps of it is its own affair.
         Some(_) => (virtual_size, virtual_size),
@@ -174,13 +183,14 @@ fn allocated(disk: &dyn DiskFile, unit: u64) -> Outcome<u64> {
     Ok(sum)
 }
 
-/// Bytes of tables of a fully mapped qcow2 image.
-fn metadata_size(virtual_size: u64, cluster: u64, refcount_bits: u64) -> u64 {
+/// Bytes of tables of a fully mapped qcow2 image, and of its LUKS header, which takes `header`.
+fn metadata_size(virtual_size: u64, cluster: u64, refcount_bits: u64, header: u64) -> u64 {
     let clusters = virtual_size.div_ceil(cluster);
     let entries = cluster / 8;
     let l2_tables = clusters.div_ceil(entries);
     let l1_clusters = (l2_tables * 8).div_ceil(cluster);
-    let counted = 1 + l1_clusters + l2_tables + clusters;
+    let header = header / cluster;
+    let counted = 1 + l1_clusters + l2_tables + header + clusters;
     // Reference counts count the clusters they are kept in, too.
     let per_block = cluster * 8 / refcount_bits;
     let (mut blocks, mut table) = (0u64, 0u64);
@@ -193,7 +203,7 @@ fn metadata_size(virtual_size: u64, cluster: u64, refcount_bits: u64) -> u64 {
         }
         (blocks, table) = (more_blocks, more_table);
     }
-    (1 + l1_clusters + l2_tables + blocks + table) * cluster
+    (1 + l1_clusters + l2_tables + header + blocks + table) * cluster
 }
 
 #[cfg(test)]
@@ -202,7 +212,7 @@ mod tests {
 
     #[test]
     fn tables_are_those_of_qemu() {
-        assert_eq!(metadata_size(1 << 30, 65536, 16), 393_216);
-        assert_eq!(metadata_size(1 << 40, 2 << 20, 64), 16_777_216);
+        assert_eq!(metadata_size(1 << 30, 65536, 16, 0), 393_216);
+        assert_eq!(metadata_size(1 << 40, 2 << 20, 64, 0), 16_777_216);
     }
 }

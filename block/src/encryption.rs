@@ -22,7 +22,7 @@ const PIECES_AT_A_TIME: usize = 16;
 /// `benches/crypto.rs`.
 const INLINE: usize = 32 << 10;
 /// The same for ciphers that the processor has no instructions for.
-const INLINE_SLOW: usize = 4 << 10;
+const INLINE_SLOW: usize = 512;
 
 /// What the sectors of an image are counted from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

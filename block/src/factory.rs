@@ -210,13 +210,10 @@ impl Opener<'_> {
             let path = self.io.file_path(id);
             let named = |error: Error| error.path(&path);
             let writable = self.is_writable(above.len());
-            let mut header = Header::read(self.io, id).await?;
-            header.check_supported(writable).map_err(named)?;
-            if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
-                self.show_snapshot(id, &mut header, name)
-                    .await
-                    .map_err(named)?;
-            }
+            // In boxes: what they need on the stack is not there while the images below are opened.
+            let header: LocalFuture<'_, Result<Header>> =
+                Box::pin(self.read_header(id, top, writable));
+            let header = header.await.map_err(named)?;
             let depth = above.len();
             above.push(self.io.with_file(id, |view| view.entry.file.identity())?);
             let data_file = self.open_data_file(&header, &path, (top, writable), &above)?;
@@ -228,11 +225,22 @@ impl Opener<'_> {
                 discard_no_unref: self.options.discard_no_unref,
                 unlock: self.options.unlock(depth),
             };
-            let image = Qcow2::open(self.io, id, header, backing, options)
-                .await
-                .map_err(named)?;
-            Ok(Arc::new(image) as Arc<dyn Image>)
+            let image: LocalFuture<'_, Result<Arc<dyn Image>>> = Box::pin(async move {
+                let image = Qcow2::open(self.io, id, header, backing, options).await?;
+                Ok(Arc::new(image) as Arc<dyn Image>)
+            });
+            image.await.map_err(named)
         })
+    }
+
+    /// The header of an image, or what it was at the snapshot that is to be shown.
+    async fn read_header(&self, id: FileId, top: bool, writable: bool) -> Result<Header> {
+        let mut header = Header::read(self.io, id).await?;
+        header.check_supported(writable)?;
+        if let Some(name) = self.options.snapshot.as_ref().filter(|_| top) {
+            self.show_snapshot(id, &mut header, name).await?;
+        }
+        Ok(header)
     }
 
     /// Turns the header into that of the disk at a snapshot.
@@ -384,7 +392,7 @@ impl Opener<'_> {
         let format = match recorded {
             Some(format) => format,
             // An unrecorded format could be anything that a guest wrote: raw, unless allowed.
-            None if self.options.allow_probed_backing => match self.probe(id).await? {
+            None if self.options.allow_probed_backing => match Box::pin(self.probe(id)).await? {
                 None => Format::Raw,
                 Some(Recognised::Known(format)) => format,
                 Some(Recognised::Foreign(name)) => {
@@ -404,12 +412,14 @@ impl Opener<'_> {
     }
 
     /// Opens a LUKS volume, `depth` levels down.
-    async fn open_luks(&self, id: FileId, depth: usize) -> Result<Arc<dyn Image>> {
-        let writable = self.is_writable(depth);
-        let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
-            .await
-            .map_err(|error| error.path(&self.io.file_path(id)))?;
-        Ok(Arc::new(image))
+    fn open_luks(&self, id: FileId, depth: usize) -> LocalFuture<'_, Result<Arc<dyn Image>>> {
+        Box::pin(async move {
+            let writable = self.is_writable(depth);
+            let image = Luks::open(self.io, id, writable, &self.options.unlock(depth))
+                .await
+                .map_err(|error| error.path(&self.io.file_path(id)))?;
+            Ok(Arc::new(image) as Arc<dyn Image>)
+        })
     }
 
     fn open_raw(&self, id: FileId, top: bool) -> Result<Arc<dyn Image>> {

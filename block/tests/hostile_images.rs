@@ -172,7 +172,7 @@ fn every_header_field_is_checked() {
             &[0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
             "size",
         ),
-        (32, &[0, 0, 0, 1], "AES"),
+        (32, &[0, 0, 0, 1], "key-secret"),
         (32, &[0, 0, 0, 2], "crypt_method"),
         (32, &[0, 0, 0, 3], "crypt_method"),
         (32, max32, "crypt_method"),
@@ -230,7 +230,7 @@ fn features_that_are_not_there_are_named() {
     let message = refused(&fs::read(&path).unwrap(), "a data file").to_string();
     assert!(message.contains("outside the folders"), "{message}");
     let secret = "secret,id=s,data=x";
-    for (format, text) in [("luks", "LUKS"), ("aes", "AES")] {
+    for (format, text) in [("luks", "key-secret"), ("aes", "key-secret")] {
         let options = format!("encrypt.format={format},encrypt.key-secret=s");
         let name = path.to_str().unwrap();
         let status = Command::new("qemu-img")

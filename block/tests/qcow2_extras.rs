@@ -251,3 +251,23 @@ fn what_snapshots_cannot_be_taken_of() {
         ErrorKind::ReadOnly
     );
 }
+
+#[test]
+fn the_reference_count_table_may_move_with_the_l1_table() {
+    let dir = temp_dir();
+    // A table of one cluster, which the new L1 table outgrows.
+    let options = "cluster_size=512,refcount_bits=64";
+    let path = qemu_create(&dir, "a.qcow2", options, "1M");
+    let disk = open(&path);
+    disk.write_at(&[1; 1 << 16], 0).unwrap();
+    disk.resize(8 << 30).unwrap();
+    disk.close().unwrap();
+    assert_clean(&path, "resized");
+    qemu_io(&path, &["read -P 1 0 64k"]);
+    let path = qemu_create(&dir, "b.qcow2", options, "1M");
+    let disk = open(&path);
+    disk.write_vm_state(&[2; 512], 8 << 30).unwrap();
+    disk.close().unwrap();
+    assert_clean(&path, "VM state far behind");
+    qemu_io(&path, &["read -b -P 2 8G 512"]);
+}

@@ -74,9 +74,9 @@ pub(crate) struct BenchArgs {
     /// The engine: sync, io_uring or linux-aio (fio's names psync and libaio work, too)
     #[arg(long, alias = "ioengine", value_name = "ENGINE", value_parser = engine)]
     pub(super) engine: Option<EngineKind>,
-    /// The front end: none (straight through AsyncIo), virtio-blk, or both; without an image both,
-    /// else none
-    #[arg(long, value_name = "none|virtio-blk|both")]
+    /// The front end: none (straight through AsyncIo), virtio-blk, ahci (one port a job, queued
+    /// commands, at most 32 at once), or both (none and virtio-blk); without an image both, else none
+    #[arg(long, value_name = "none|virtio-blk|ahci|both")]
     device: Option<String>,
     /// Cache mode
     #[arg(short = 't', long, value_name = "MODE")]
@@ -189,10 +189,11 @@ impl BenchArgs {
             None => return Ok(None),
             Some("none") => vec![FrontEnd::AsyncIo],
             Some("virtio-blk") => vec![FrontEnd::VirtioBlk],
+            Some("ahci") => vec![FrontEnd::Ahci],
             Some("both") => vec![FrontEnd::AsyncIo, FrontEnd::VirtioBlk],
             Some(other) => {
                 return Err(Failure::new(format!(
-                    "--device '{other}': expected none, virtio-blk or both"
+                    "--device '{other}': expected none, virtio-blk, ahci or both"
                 )));
             }
         }))

@@ -19,6 +19,8 @@ pub(super) enum FrontEnd {
     AsyncIo,
     /// Split rings in guest memory, and the device model behind them.
     VirtioBlk,
+    /// A command list in guest memory, and an AHCI host bus adapter behind it.
+    Ahci,
 }
 
 impl fmt::Display for FrontEnd {
@@ -26,6 +28,7 @@ impl fmt::Display for FrontEnd {
         f.pad(match self {
             FrontEnd::AsyncIo => "async-io",
             FrontEnd::VirtioBlk => "virtio-blk",
+            FrontEnd::Ahci => "ahci",
         })
     }
 }

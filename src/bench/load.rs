@@ -11,6 +11,7 @@ use virtio_devices::histogram::Histogram;
 
 use crate::{
     bench::{
+        ahci::AhciLane,
         fill::{self, Model, SECTOR, STAMP},
         lane::{AsyncLane, Ended, FrontEnd, Lane, Op},
         virtio::{self, VirtioLane},
@@ -71,7 +72,7 @@ pub(super) fn run(
     mut model: Option<&mut Model>,
 ) -> Outcome<Measured> {
     let device = match front_end {
-        FrontEnd::AsyncIo => None,
+        FrontEnd::AsyncIo | FrontEnd::Ahci => None,
         FrontEnd::VirtioBlk => Some(virtio::device(disk, load.jobs, load.depth)?),
     };
     let ready = Barrier::new(load.jobs + 1);
@@ -90,6 +91,10 @@ pub(super) fn run(
             let disk = disk.clone_async();
             let thread = move || {
                 let lane: Outcome<Box<dyn Lane>> = match device {
+                    None if front_end == FrontEnd::Ahci => {
+                        AhciLane::new(&*disk, load.depth, load.bs)
+                            .map(|lane| Box::new(lane) as Box<dyn Lane>)
+                    }
                     None => AsyncLane::new(&*disk, load.depth, load.bs)
                         .map(|lane| Box::new(lane) as Box<dyn Lane>),
                     Some(device) => VirtioLane::new(device, index, load.depth, load.bs)

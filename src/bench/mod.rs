@@ -1,5 +1,6 @@
 //! `platter bench`: how fast, how late, at what cost, and is the data right?
 
+mod ahci;
 mod args;
 mod fill;
 mod lane;

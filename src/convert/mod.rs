@@ -15,6 +15,7 @@ use crate::{
     image::{
         create::{self, CreateRequest},
         open::{self, OpenHow, ShareArgs, SnapshotChoice},
+        secrets,
         spec::{ImageSpec, could_not_open},
     },
     util::{
@@ -210,7 +211,13 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
         backing,
         persona,
     );
-    if let (Err(_), Some(Made { path, new: true })) = (&result, &made) {
+    if let (
+        Err(_),
+        Some(Made {
+            path, new: true, ..
+        }),
+    ) = (&result, &made)
+    {
         // What failed matters, not that its remains could not be removed.
         let _ = std::fs::remove_file(path);
     }
@@ -222,6 +229,10 @@ struct Made {
     path: PathBuf,
     /// There was no file before.
     new: bool,
+    /// It reads as zeroes until something is written: not what noise decrypts to.
+    zero: bool,
+    /// The option and the secret that open it, where it is encrypted.
+    key: Option<(String, String)>,
 }
 
 fn check(args: &ConvertArgs) -> Outcome<()> {
@@ -316,6 +327,11 @@ fn make(
     let path = ImageSpec::parse(target, false, None, persona)?.path;
     let new = path.symlink_metadata().is_err();
     let size = options.get("size").is_none().then_some(total);
+    let key = secrets::key_of(&options, format);
+    let preallocated = options
+        .get("preallocation")
+        .is_some_and(|mode| mode != "off");
+    let zero = format != Format::Luks && !(key.is_some() && preallocated);
     let request = CreateRequest {
         path: path.clone(),
         name: target.to_owned(),
@@ -327,7 +343,12 @@ fn make(
     let failed = |failure: Failure| failure.context(target).context("error while converting");
     let plan = create::plan(request, persona).map_err(failed)?;
     plan.execute().map_err(failed)?;
-    Ok(Made { path, new })
+    Ok(Made {
+        path,
+        new,
+        zero,
+        key,
+    })
 }
 
 #[allow(
@@ -353,11 +374,14 @@ fn fill(
         engine: args.engine,
         ..OpenHow::default()
     };
-    let spec = if args.target_image_opts {
+    let mut spec = if args.target_image_opts {
         ImageSpec::parse(target, true, None, persona)?
     } else {
         ImageSpec::parse(target, false, Some(format.name()), persona)?
     };
+    if let Some((option, id)) = made.and_then(|made| made.key.as_ref()) {
+        spec.options.push(option, id);
+    }
     let disk = open::open_quietly(&spec, &how, persona)
         .map_err(|text| could_not_open(&spec.display().to_string(), &text, persona))?;
     if args.compress && disk.format() != Format::Qcow2 {
@@ -392,7 +416,8 @@ fn fill(
     };
     let job = Job {
         sources,
-        target_is_zero: args.target_is_zero || (made.is_some() && !backing && is_file(&spec)),
+        target_is_zero: args.target_is_zero
+            || (made.is_some_and(|made| made.zero) && !backing && is_file(&spec)),
         target_has_backing: backing,
         sparse,
         parallel: args.parallel as usize,

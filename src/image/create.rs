@@ -10,7 +10,7 @@ use rustix::fs::{FallocateFlags, IFlags, fallocate, ioctl_getflags, ioctl_setfla
 
 use crate::{
     image::{
-        chain,
+        chain, encryption,
         maintenance::{self, Preallocation, Qcow2Create},
         open::{self, OpenHow},
         qcow2_options::not_a_size,
@@ -51,6 +51,9 @@ pub(crate) struct Plan {
     preallocation: Option<String>,
     /// The file is not to be copied on write by its file system.
     nocow: bool,
+    encryption: encryption::Wanted,
+    /// Nothing of an image that could not be made stays, not even a file that was there before.
+    keeps_nothing: bool,
 }
 
 const QCOW2_KEYS: &[&str] = &[
@@ -69,7 +72,7 @@ const QCOW2_KEYS: &[&str] = &[
     "preallocation",
     "refcount_bits",
 ];
-const RAW_KEYS: &[&str] = &["size", "preallocation", "nocow", "extent_size_hint"];
+const OTHER_KEYS: &[&str] = &["size", "preallocation", "nocow", "extent_size_hint"];
 
 /// The options that images of a format can be created with, and what they mean.
 pub(crate) fn describe_options(format: Format) -> &'static str {
@@ -84,11 +87,33 @@ Supported qcow2 options:
   compression_type=<str> - Compression method used for image cluster compression
   data_file=<str>        - File name of an external data file
   data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image
+  encrypt.cipher-alg=<str> - Name of encryption cipher algorithm
+  encrypt.cipher-mode=<str> - Name of encryption cipher mode
+  encrypt.format=<str>   - Encrypt the image, format choices: 'aes', 'luks'
+  encrypt.hash-alg=<str> - Name of encryption hash algorithm
+  encrypt.iter-time=<num> - Time to spend in PBKDF in milliseconds
+  encrypt.ivgen-alg=<str> - Name of IV generator algorithm
+  encrypt.ivgen-hash-alg=<str> - Name of IV generator hash algorithm
+  encrypt.key-secret=<str> - ID of secret providing qcow AES key or LUKS passphrase
+  encryption=<bool (on/off)> - Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)
   extended_l2=<bool (on/off)> - Extended L2 tables
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   nocow=<bool (on/off)>  - Turn off copy-on-write of the file (only works on btrfs)
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
   refcount_bits=<num>    - Width of a reference count entry in bits
+  size=<size>            - Virtual disk size"
+        }
+        Format::Luks => {
+            "\
+Supported luks options:
+  cipher-alg=<str>       - Name of encryption cipher algorithm
+  cipher-mode=<str>      - Name of encryption cipher mode
+  hash-alg=<str>         - Name of encryption hash algorithm
+  iter-time=<num>        - Time to spend in PBKDF in milliseconds
+  ivgen-alg=<str>        - Name of IV generator algorithm
+  ivgen-hash-alg=<str>   - Name of IV generator hash algorithm
+  key-secret=<str>       - ID of the secret that provides the keyslot passphrase
+  preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)
   size=<size>            - Virtual disk size"
         }
         _ => {
@@ -116,12 +141,13 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
             "Backing {what} not supported for file format '{format}'"
         )));
     }
-    let keys = if qcow2 { QCOW2_KEYS } else { RAW_KEYS };
+    let keys = if qcow2 { QCOW2_KEYS } else { OTHER_KEYS };
     let mut wanted = Qcow2Create {
         backing_file: options.take("backing_file").filter(|name| !name.is_empty()),
         backing_format: options.take("backing_fmt"),
         ..Qcow2Create::default()
     };
+    let encryption = encryption::Wanted::take(options, request.format);
     let listed_size = options.take("size");
     let cluster_size = sized(options, "cluster_size")?;
     let refcount_bits = sized(options, "refcount_bits")?;
@@ -173,6 +199,8 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
         compression: compression.unwrap_or_else(|| "zlib".into()),
         preallocation,
         nocow: nocow.unwrap_or(false),
+        encryption,
+        keeps_nothing: persona.is_qemu() && request.format == Format::Luks,
     })
 }
 
@@ -228,7 +256,11 @@ fn backing_size(
         None => None,
     };
     let spec = ImageSpec::plain(path, named);
-    let disk = open::open_quietly(&spec, &OpenHow::reading(), persona).map_err(|text| {
+    let how = OpenHow {
+        locked: true,
+        ..OpenHow::reading()
+    };
+    let disk = open::open_quietly(&spec, &how, persona).map_err(|text| {
         below(if persona.is_qemu() {
             text
         } else {
@@ -251,6 +283,7 @@ impl Plan {
         let qcow2 = &self.qcow2;
         let is_qcow2 = self.format == Format::Qcow2;
         if is_qcow2 {
+            line += &self.encryption.announcement();
             let extended = if qcow2.extended_l2 { "on" } else { "off" };
             line += &format!(
                 " cluster_size={} extended_l2={extended}",
@@ -282,7 +315,10 @@ impl Plan {
                 " lazy_refcounts={lazy} refcount_bits={}",
                 qcow2.refcount_bits
             );
-        } else if let Some(mode) = &self.preallocation {
+        } else {
+            line += &self.encryption.announcement();
+        }
+        if let Some(mode) = self.preallocation.as_ref().filter(|_| !is_qcow2) {
             line += &format!(" preallocation={mode}");
         }
         line
@@ -297,11 +333,12 @@ impl Plan {
             }
             let made = match self.format {
                 Format::Qcow2 => maintenance::create_qcow2(&self.path, &self.qcow2),
+                Format::Luks => maintenance::create_luks(&self.path, &self.qcow2),
                 _ => create_raw(&self.path, self.qcow2.size, self.qcow2.preallocation),
             };
             made.map_err(|error| Failure::new(self.reason(&error)))
         });
-        if result.is_err() && !existed {
+        if result.is_err() && (!existed || (self.keeps_nothing && self.path.is_file())) {
             // The failure is what matters, not that its remains could not be removed.
             let _ = std::fs::remove_file(&self.path);
         }
@@ -333,6 +370,7 @@ impl Plan {
                 ));
             }
         };
+        qcow2.encrypt = self.encryption.resolve().map_err(Failure::new)?;
         if self.format != Format::Qcow2 {
             return Ok(());
         }

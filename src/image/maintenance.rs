@@ -10,10 +10,11 @@ use std::{
 
 use block::{
     Error, Format, Locking, Result,
+    formats::luks::create as luks,
     formats::qcow2::{
         amend::{self, AmendOptions},
         check::{self, CheckReport, Repair},
-        create::{self, CreateOptions},
+        create::{self, CreateOptions, Encrypt},
         header::{CompressionType, FEATURES_OFFSET, Header, MAGIC},
         snapshot::ops::{self, NewSnapshot},
     },
@@ -54,6 +55,7 @@ pub(crate) struct Qcow2Create {
     pub(crate) preallocation: Preallocation,
     pub(crate) backing_file: Option<String>,
     pub(crate) backing_format: Option<String>,
+    pub(crate) encrypt: Option<Encrypt>,
 }
 
 impl Default for Qcow2Create {
@@ -71,6 +73,7 @@ impl Default for Qcow2Create {
             preallocation: Preallocation::Off,
             backing_file: None,
             backing_format: None,
+            encrypt: None,
         }
     }
 }
@@ -96,10 +99,10 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         },
         backing_file: wanted.backing_file.clone().map(String::into_bytes),
         backing_format: wanted.backing_format.clone(),
+        encrypt: wanted.encrypt.clone(),
         extended_l2: wanted.extended_l2,
         data_file: wanted.data_file.clone(),
         data_file_raw: wanted.data_file_raw,
-        ..CreateOptions::default()
     };
     // Before the file is cut.
     options.check()?;
@@ -110,6 +113,27 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         let beside = chain::resolve(path, name);
         let data = open_beside(io, &beside, OfflineOptions::create())?;
         create::create_with_data_file(io, file, data, &options).await
+    })
+}
+
+/// Makes a LUKS volume.
+pub(crate) fn create_luks(path: &Path, wanted: &Qcow2Create) -> Result<()> {
+    let Some(Encrypt::Luks { options, secret }) = &wanted.encrypt else {
+        return Err(Error::invalid_argument(
+            "Parameter 'key-secret' is required for cipher",
+        ));
+    };
+    let options = luks::CreateOptions {
+        size: wanted.size,
+        luks: *options,
+        secret: secret.clone(),
+        allocate: matches!(
+            wanted.preallocation,
+            Preallocation::Falloc | Preallocation::Full
+        ),
+    };
+    with_file(path, OfflineOptions::create(), async |io, file| {
+        luks::create(io, file, &options).await
     })
 }
 

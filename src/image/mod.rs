@@ -4,10 +4,12 @@
 pub(crate) mod bitmaps;
 pub(crate) mod chain;
 pub(crate) mod create;
+pub(crate) mod encryption;
 pub(crate) mod faults;
 pub(crate) mod maintenance;
 pub(crate) mod open;
 pub(crate) mod overlay;
 pub(crate) mod qcow2_options;
+pub(crate) mod secrets;
 pub(crate) mod spec;
 pub(crate) mod vmstate;

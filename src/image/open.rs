@@ -13,6 +13,7 @@ use crate::{
     image::{
         faults,
         qcow2_options::CacheOptions,
+        secrets,
         spec::{ImageSpec, could_not_open, named_format},
     },
     util::{
@@ -60,6 +61,8 @@ pub(crate) struct OpenHow {
     pub(crate) restartable: bool,
     /// Open the image so many levels below for writing, too; 0 for none.
     pub(crate) writable_backing: usize,
+    /// An encrypted image without its key: only its header is looked at.
+    pub(crate) locked: bool,
     /// Open files that the image names only if its own format was named.
     pub(crate) named_files_need_format: bool,
 }
@@ -144,7 +147,7 @@ pub(crate) fn open_disk(spec: &ImageSpec, how: &OpenHow, persona: Persona) -> Ou
     open_disk_quietly(spec, how, persona)
         .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
         .map_err(|failure| match persona {
-            Persona::QemuIo => Failure::new(failure.to_string().replacen(
+            Persona::QemuIo if !spec.by_options => Failure::new(failure.to_string().replacen(
                 "can't open: ",
                 &format!("can't open device {}: ", spec.display()),
                 1,
@@ -176,6 +179,7 @@ pub(crate) fn open_disk_quietly(
     let caches = CacheOptions::take(&mut options)?;
     let mut locking = Locking::Auto;
     apply(&mut options, &mut how, &mut locking)?;
+    let keys = secrets::take_keys(&mut options, how.locked)?;
     if let Some(key) = options.first_key() {
         let format = spec.format.map_or("image", Format::name);
         return Err(format!(
@@ -213,6 +217,10 @@ pub(crate) fn open_disk_quietly(
     if let Some(bytes) = caches.bytes {
         open = open.metadata_cache_size(bytes);
     }
+    for (depth, secret) in keys {
+        open = open.backing_key(depth, secret);
+    }
+    open = open.locked(how.locked);
     open = match &how.snapshot {
         None => open,
         Some(SnapshotChoice::Either(text)) => open.snapshot(text),

@@ -10,7 +10,7 @@ use block::{Format, faults::Faults};
 use serde_json::Value;
 
 use crate::{
-    image::faults,
+    image::{faults, secrets},
     util::{
         failure::{Failure, Outcome},
         keyval::KeyVals,
@@ -27,6 +27,8 @@ pub(crate) struct ImageSpec {
     pub(crate) format: Option<Format>,
     /// The remaining options of the driver.
     pub(crate) options: KeyVals,
+    /// The name was a list of options.
+    pub(crate) by_options: bool,
     /// Faults on purpose.
     pub(crate) faults: Option<Arc<Faults>>,
 }
@@ -47,6 +49,10 @@ impl ImageSpec {
                 ));
             }
             return Self::from_options(KeyVals::parse(text, Some("driver")), persona)
+                .map(|spec| Self {
+                    by_options: true,
+                    ..spec
+                })
                 .map_err(|message| could_not_open(text, &message, persona));
         }
         let fail = |message: &str| could_not_open(text, message, persona);
@@ -91,6 +97,7 @@ impl ImageSpec {
             path: path.into(),
             format,
             options: KeyVals::default(),
+            by_options: false,
             faults: None,
         }
     }
@@ -150,8 +157,22 @@ impl ImageSpec {
             path,
             format,
             options,
+            by_options: false,
             faults: debugged,
         })
+    }
+
+    /// The name as QEMU gives it, where the path alone would not open the image: all options.
+    pub(crate) fn json_name(&self) -> Option<String> {
+        let format = self.format?;
+        let (key, id) = secrets::key_of(&self.options, format)?;
+        let mut map = serde_json::Map::new();
+        map.insert(key, id.into());
+        map.insert("driver".into(), format.name().into());
+        let path = self.path.display().to_string();
+        let file = serde_json::json!({"driver": "file", "filename": path});
+        map.insert("file".into(), file);
+        Some(format!("json:{}", Value::Object(map)))
     }
 
     /// The name to print.

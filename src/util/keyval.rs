@@ -79,6 +79,19 @@ impl KeyVals {
         self.0.first().map(|(key, _)| key.as_str())
     }
 
+    /// How often `prefix` stands, one after the other, before the key in which it does so most often.
+    pub(crate) fn depth_of(&self, prefix: &str) -> usize {
+        let depth = |key: &str| {
+            let mut rest = key;
+            let mut depth = 0;
+            while let Some(after) = rest.strip_prefix(prefix) {
+                (rest, depth) = (after, depth + 1);
+            }
+            depth
+        };
+        self.0.iter().map(|(key, _)| depth(key)).max().unwrap_or(0)
+    }
+
     /// Whether there are no pairs.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()

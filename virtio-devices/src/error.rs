@@ -58,4 +58,13 @@ pub enum Error {
         /// The number of requests.
         in_flight: usize,
     },
+    /// The tray of an optical drive cannot do that now.
+    #[error("tray: {0}")]
+    Tray(#[from] crate::mmc::TrayError),
+    /// The port has no optical drive.
+    #[error("port {port} has no optical drive")]
+    NoOpticalDrive {
+        /// The number of the port.
+        port: u8,
+    },
 }

@@ -9,7 +9,8 @@ use crate::memory::{Data, QueueMemory, Segment, Window};
 /// Bytes of a command header.
 const HEADER: usize = 32;
 
-/// Where the descriptors start in a command table.
+/// Where the command packet and the descriptors start in a command table.
+const PACKET_AT: u64 = 0x40;
 const PRDT_AT: u64 = 0x80;
 
 /// Bytes of a descriptor, and how many are read at once.
@@ -37,6 +38,8 @@ pub(super) struct Command {
     table: u64,
     /// Descriptors.
     descriptors: u16,
+    /// The header says that a command packet follows.
+    pub(super) atapi: bool,
 }
 
 /// Copies a structure of the guest.
@@ -88,7 +91,7 @@ impl Command {
         let table = u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]) & !0x7f;
         // In double words; a command FIS has five.
         let length = usize::from(f0 & 0x1f) * 4;
-        if !(COMMAND_BYTES..=64).contains(&length) {
+        if !(COMMAND_BYTES..=PACKET_AT as usize).contains(&length) {
             return Err(Fault::Interface);
         }
         let mut bytes = [0; COMMAND_BYTES];
@@ -98,7 +101,19 @@ impl Command {
             count_at: GuestAddress(at.wrapping_add(4)),
             table,
             descriptors: u16::from_le_bytes([p0, p1]),
+            atapi: f0 & 0x20 != 0,
         })
+    }
+
+    /// The command packet.
+    pub(super) fn packet<M: GuestMemory>(
+        &self,
+        window: &mut Window<'_, QueueMemory<M>>,
+    ) -> Result<[u8; 16], Fault> {
+        let at = self.table.checked_add(PACKET_AT).ok_or(Fault::Bus)?;
+        let mut packet = [0; 16];
+        copy(window, at, &mut packet)?;
+        Ok(packet)
     }
 
     /// Appends the memory for `len` bytes of data to `out`; returns whether one of the descriptors
@@ -159,12 +174,32 @@ fn descriptor(entry: &[u8]) -> (GuestAddress, u32) {
 pub(super) fn scatter<M: GuestMemory>(
     window: &mut Window<'_, QueueMemory<M>>,
     data: &Data,
+    bytes: &[u8],
+) -> Result<(), Fault> {
+    scatter_at(window, data, 0, bytes)
+}
+
+/// Copies `bytes` to the guest's data memory from its byte `skip` on.
+pub(super) fn scatter_at<M: GuestMemory>(
+    window: &mut Window<'_, QueueMemory<M>>,
+    data: &Data,
+    mut skip: u64,
     mut bytes: &[u8],
 ) -> Result<(), Fault> {
     for segment in data {
-        let take = bytes.len().min(segment.len as usize);
-        store(window, segment.address.0, &bytes[..take])?;
+        let len = u64::from(segment.len);
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let take = bytes.len().min((len - skip) as usize);
+        let at = segment.address.0.checked_add(skip).ok_or(Fault::Bus)?;
+        store(window, at, &bytes[..take])?;
         bytes = &bytes[take..];
+        skip = 0;
+        if bytes.is_empty() {
+            break;
+        }
     }
     Ok(())
 }

@@ -13,14 +13,16 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     drive::{Device, Drive},
-    interrupt::{HbaInterrupt, Irq},
+    interrupt::Irq,
     port::Port,
     queue::{PortQueue, PortWorker},
     regs::{self, cap, ghc},
+    tray::TrayListener,
 };
 use crate::{
-    Error, MemorySource, Result,
-    ata::{AtaDisk, DiskConfig},
+    Error, MemorySource, Result, VectorInterrupt,
+    ata::{AtaDisk, AtapiDrive, DiskConfig},
+    mmc::{MmcConfig, MmcDrive},
     stats::QueueStats,
     worker::Worker,
 };
@@ -61,6 +63,27 @@ impl Default for HbaConfig {
     }
 }
 
+/// What an optical drive says of itself.
+#[derive(Clone, Debug)]
+pub struct OpticalConfig {
+    /// At most 40 ASCII characters.
+    pub model: String,
+    /// At most 20 ASCII characters.
+    pub serial: String,
+    /// At most 8 ASCII characters.
+    pub firmware: String,
+}
+
+impl Default for OpticalConfig {
+    fn default() -> Self {
+        Self {
+            model: "Platter DVD-ROM".to_owned(),
+            serial: "PLATTER0".to_owned(),
+            firmware: "1.0".to_owned(),
+        }
+    }
+}
+
 /// What the ports of an HBA and their workers share.
 pub(super) struct Shared {
     pub(super) config: HbaConfig,
@@ -69,6 +92,7 @@ pub(super) struct Shared {
     /// Coalesced completions wait for their time.
     pub(super) coalescing: AtomicBool,
     stats: Vec<Arc<QueueStats>>,
+    on_tray: Mutex<Option<TrayListener>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,27 +109,30 @@ impl Shared {
         lock(&self.irq)
     }
 
-    /// Shows the interrupts of a port, after `completed` commands.
-    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) {
+    /// The guest has moved a tray.
+    pub(super) fn tray_moved(&self, index: u32, open: bool) {
+        let listener = lock(&self.on_tray).clone();
+        if let Some(listener) = listener {
+            listener(index as u8, open);
+        }
+    }
+
+    /// Shows the interrupts of a port, after `completed` commands; returns whether that interrupts
+    /// the guest.
+    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) -> bool {
         let mut irq = self.irq();
+        let before = irq.is;
         irq.port(index, port.interrupts());
         irq.completed(index, completed);
         self.coalescing
             .store(irq.due().is_some(), Ordering::Relaxed);
-    }
-
-    /// Wakes the worker of a port.
-    fn kick(port: &Port) {
-        if let Some(doorbell) = &port.doorbell {
-            // It only fails when it is readable already.
-            let _ = doorbell.write(1);
-        }
+        irq.enabled && irq.is & !before != 0
     }
 }
 
 /// An AHCI host bus adapter. Every method may be called from any thread.
 pub struct Hba {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl Hba {
@@ -130,6 +157,7 @@ impl Hba {
                 irq: Mutex::new(Irq::new(ccc_bit)),
                 coalescing: AtomicBool::new(false),
                 stats: (0..config.ports).map(|_| Arc::default()).collect(),
+                on_tray: Mutex::new(None),
                 config,
             }),
         })
@@ -148,9 +176,15 @@ impl Hba {
         end.next_multiple_of(4096)
     }
 
-    /// Where interrupts go from now on.
-    pub fn set_interrupt(&self, sink: Arc<dyn HbaInterrupt>) {
+    /// Where interrupts go from now on: the line, and the message of vector 0. It is called with
+    /// locks of the HBA held and must not call back into it.
+    pub fn set_interrupt(&self, sink: Arc<dyn VectorInterrupt>) {
         self.shared.irq().set_sink(sink);
+    }
+
+    /// Calls `listener` from now on when the guest moves a tray.
+    pub fn on_tray(&self, listener: TrayListener) {
+        *lock(&self.shared.on_tray) = Some(listener);
     }
 
     /// The counters of a port.
@@ -159,7 +193,7 @@ impl Hba {
         self.shared.stats.get(usize::from(port))
     }
 
-    fn check(&self, port: u8) -> Result<u32> {
+    pub(super) fn check(&self, port: u8) -> Result<u32> {
         if port < self.config().ports {
             return Ok(u32::from(port));
         }
@@ -194,6 +228,40 @@ impl Hba {
         Ok(())
     }
 
+    /// Plugs an optical drive into a port, in place of what is there, with a medium or without.
+    ///
+    /// # Errors
+    /// As [`plug_disk`](Self::plug_disk).
+    pub fn plug_optical(
+        &self,
+        port: u8,
+        medium: Option<Box<dyn AsyncDiskFile>>,
+        config: OpticalConfig,
+    ) -> Result<()> {
+        let port = self.check(port)?;
+        let mut drive = MmcDrive::new(MmcConfig {
+            serial: config.serial.clone(),
+            ..MmcConfig::default()
+        })?;
+        if let Some(medium) = &medium {
+            drive.load(medium.size());
+        }
+        let OpticalConfig {
+            model,
+            serial,
+            firmware,
+        } = config;
+        let device = AtapiDrive::new(drive, &model, &serial, &firmware)?;
+        self.plug(
+            port,
+            Some(Drive {
+                device: Device::Optical(device),
+                disk: medium,
+            }),
+        );
+        Ok(())
+    }
+
     /// Takes the drive out of a port, while the guest runs.
     ///
     /// # Errors
@@ -208,8 +276,7 @@ impl Hba {
         let mut port = self.shared.port(index);
         port.plug(drive);
         self.shared.interrupt(index, &port, 0);
-        port.wants_doorbell = false;
-        Shared::kick(&port);
+        port.ring();
     }
 
     /// The doorbell of a port: an eventfd that wakes its worker. Without one a VMM calls
@@ -252,8 +319,7 @@ impl Hba {
             let mut port = self.shared.port(index);
             port.reset();
             // Forgotten requests end in the worker.
-            port.wants_doorbell = false;
-            Shared::kick(&port);
+            port.ring();
         }
         self.shared.irq().reset();
     }
@@ -262,6 +328,13 @@ impl Hba {
     #[must_use]
     pub fn is_resetting(&self) -> bool {
         (0..u32::from(self.config().ports)).any(|index| self.shared.port(index).resetting)
+    }
+
+    /// Whether nothing of the guest's memory is in use: no command is in flight, forgotten ones
+    /// included.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        (0..u32::from(self.config().ports)).all(|index| self.shared.port(index).taken == 0)
     }
 
     /// Reads from the register space, at any offset and of any length. What is not there reads as
@@ -350,7 +423,7 @@ impl Hba {
                 self.shared.interrupt(index, &port, 0);
             }
             if effects.kick {
-                Shared::kick(&port);
+                port.ring();
             }
             return;
         }

@@ -5,16 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How an HBA reaches the guest. Both methods are called for every change; a transport passes on
-/// what fits the way of interrupting that the guest chose. They are called with locks of the HBA
-/// held and must not call back into it.
-pub trait HbaInterrupt: Send + Sync {
-    /// The level of INTx.
-    fn set_line(&self, asserted: bool);
-
-    /// One MSI message is due.
-    fn message(&self);
-}
+use crate::VectorInterrupt;
 
 /// CCC_CTL after a reset: one completion, one millisecond.
 const CCC_RESET: u32 = 1 << 8 | 1 << 16;
@@ -23,7 +14,7 @@ const CCC_INT_SHIFT: u32 = 3;
 
 /// Interrupt state of an HBA.
 pub(super) struct Irq {
-    sink: Option<Arc<dyn HbaInterrupt>>,
+    sink: Option<Arc<dyn VectorInterrupt>>,
     pub(super) is: u32,
     pub(super) enabled: bool,
     line: bool,
@@ -58,8 +49,8 @@ impl Irq {
         bit.map_or(0, |bit| CCC_RESET | bit << CCC_INT_SHIFT)
     }
 
-    pub(super) fn set_sink(&mut self, sink: Arc<dyn HbaInterrupt>) {
-        sink.set_line(self.line);
+    pub(super) fn set_sink(&mut self, sink: Arc<dyn VectorInterrupt>) {
+        sink.set_level(self.line);
         self.sink = Some(sink);
     }
 
@@ -158,6 +149,17 @@ impl Irq {
         }
     }
 
+    /// Takes a saved state. What is unseen is told again: a message may have been lost.
+    pub(super) fn restore(&mut self, is: u32, enabled: bool, ccc_ctl: u32, ccc_ports: u32) {
+        self.is = is | self.pending;
+        self.enabled = enabled;
+        if let Some(bit) = self.ccc_bit {
+            self.ccc_ctl = ccc_ctl & !0xfe | bit << CCC_INT_SHIFT;
+            self.ccc_ports = ccc_ports;
+        }
+        self.settle(0);
+    }
+
     /// The line follows IS, and new bits of IS are worth a message.
     fn settle(&mut self, before: u32) {
         let line = self.enabled && self.is != 0;
@@ -168,10 +170,13 @@ impl Irq {
         };
         if line != self.line {
             self.line = line;
-            sink.set_line(line);
+            sink.set_level(line);
         }
         if news {
-            sink.message();
+            // What the host says is counted nowhere: the driver finds the bits in IS.
+            if let Err(error) = sink.signal(0) {
+                tracing::debug!(%error, "the interrupt was not sent");
+            }
         }
     }
 }

@@ -16,6 +16,7 @@
 mod command;
 mod drive;
 pub mod driver;
+mod execute;
 mod fis;
 mod hba;
 mod interrupt;
@@ -24,7 +25,10 @@ mod post;
 mod queue;
 pub mod regs;
 mod slot;
+mod state;
+mod tray;
 
-pub use hba::{Hba, HbaConfig, Quirks};
-pub use interrupt::HbaInterrupt;
+pub use hba::{Hba, HbaConfig, OpticalConfig, Quirks};
 pub use queue::{PortQueue, PortWorker};
+pub use state::{HbaState, STATE_VERSION};
+pub use tray::TrayListener;

@@ -196,6 +196,10 @@ impl Port {
         if self.taken != 0 {
             return;
         }
+        if self.settling && self.regs.link && self.regs.tfd & u32::from(status::BSY) != 0 {
+            // The device has ended what was forgotten, and says so although nobody asks.
+            self.regs.tfd = u32::from(status::READY);
+        }
         self.settling = false;
         self.resetting = false;
         if self.regs.cmd & cmd::ST == 0 {
@@ -219,6 +223,15 @@ impl Port {
     /// Whether the worker has something to do.
     pub(super) fn has_work(&self) -> bool {
         self.regs.signature_unposted || (self.runs() && self.regs.ci & !self.taken != 0)
+    }
+
+    /// Wakes the worker.
+    pub(super) fn ring(&mut self) {
+        self.wants_doorbell = false;
+        if let Some(doorbell) = &self.doorbell {
+            // It only fails when it is readable already.
+            let _ = doorbell.write(1);
+        }
     }
 
     /// Another drive, or none.
@@ -320,11 +333,9 @@ impl Port {
             px::CI if regs.cmd & cmd::ST != 0 => regs.ci |= ones,
             _ => {}
         }
-        let kick = self.wants_doorbell && self.has_work();
-        if kick {
-            self.wants_doorbell = false;
+        Effects {
+            kick: self.wants_doorbell && self.has_work(),
         }
-        Effects { kick }
     }
 
     fn write_cmd(&mut self, value: u32, mask: u32) {

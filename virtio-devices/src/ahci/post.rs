@@ -8,7 +8,7 @@ use super::{
     port::Port,
     queue::PortQueue,
     regs::is,
-    slot::End,
+    slot::{End, Slot},
 };
 use crate::{
     MemorySource,
@@ -26,6 +26,45 @@ struct Ends {
     setup: Option<(u8, bool, u32)>,
     /// Commands posted.
     posted: u32,
+}
+
+/// Bytes of a command packet.
+const PACKET: u32 = 12;
+
+/// The last PIO Setup FIS of a command.
+struct Setup {
+    to_host: bool,
+    interrupt: bool,
+    /// Bytes of the last block.
+    last: u32,
+}
+
+impl Setup {
+    fn of(slot: &Slot) -> Option<Self> {
+        let (to_host, block) = match slot.end {
+            End::PioIn { block } if slot.bytes > 0 => (true, block),
+            End::PioOut { block } if slot.bytes > 0 => (false, block),
+            // The packet itself was sent with PIO.
+            _ if slot.packet => {
+                return Some(Self {
+                    to_host: false,
+                    interrupt: false,
+                    last: PACKET,
+                });
+            }
+            _ => return None,
+        };
+        let last = match slot.bytes % u64::from(block) {
+            0 => block,
+            rest => rest as u32,
+        };
+        Some(Self {
+            to_host,
+            // The first block of data to a disk comes without being asked for.
+            interrupt: to_host || slot.packet || slot.bytes > u64::from(block),
+            last,
+        })
+    }
 }
 
 impl<S: MemorySource> PortQueue<S> {
@@ -88,9 +127,9 @@ impl<S: MemorySource> PortQueue<S> {
         if port.settling && self.outstanding == 0 {
             port.settle();
         }
-        let active = port.interrupts();
-        shared.interrupt(self.index, &port, ends.posted);
-        self.stats.interrupted(active);
+        if shared.interrupt(self.index, &port, ends.posted) {
+            self.stats.interrupted(true);
+        }
         count
     }
 
@@ -128,44 +167,35 @@ impl<S: MemorySource> PortQueue<S> {
             }
             return Ok(());
         }
+        port.regs.tfd = fis::task_file_data(registers);
         let window = &mut guest.control;
         let count = (slot.bytes as u32).to_le_bytes();
         command::store(window, slot.count_at.0, &count)?;
         let area = port.regs.fb;
         let mut register_fis = true;
-        match slot.end {
-            End::PioIn { block } | End::PioOut { block } => {
-                let to_host = matches!(slot.end, End::PioIn { .. });
-                let several = slot.bytes > u64::from(block);
-                let interrupt = to_host || several;
-                let last = match slot.bytes % u64::from(block) {
-                    0 => block,
-                    rest => rest as u32,
-                };
-                let during = Registers {
-                    status: registers.status | status::DRQ,
-                    ..*registers
-                };
-                let end = if to_host {
-                    registers.status
-                } else {
-                    status::BSY | registers.status
-                };
-                let fis = fis::pio_setup(&during, to_host, interrupt, end, last);
-                command::store(window, area.wrapping_add(fis::PIO_SETUP_AT), &fis)?;
-                if interrupt {
-                    port.regs.is |= is::PSS;
-                }
-                register_fis = !to_host || quirks.register_after_pio_in;
+        if let Some(setup) = Setup::of(slot) {
+            let status = registers.status;
+            let during = Registers {
+                status: status | status::DRQ,
+                ..*registers
+            };
+            let end = if setup.to_host && !slot.packet {
+                status
+            } else {
+                status | status::BSY
+            };
+            let fis = fis::pio_setup(&during, setup.to_host, setup.interrupt, end, setup.last);
+            command::store(window, area.wrapping_add(fis::PIO_SETUP_AT), &fis)?;
+            if setup.interrupt {
+                port.regs.is |= is::PSS;
             }
-            End::Register | End::Queued => {}
+            register_fis = slot.packet || !setup.to_host || quirks.register_after_pio_in;
         }
         if register_fis {
             let fis = fis::register(registers, true);
             command::store(window, area.wrapping_add(fis::REGISTER_AT), &fis)?;
             port.regs.is |= is::DHRS;
         }
-        port.regs.tfd = fis::task_file_data(registers);
         port.regs.ci &= !(1 << index);
         Ok(())
     }
@@ -201,6 +231,10 @@ impl<S: MemorySource> PortQueue<S> {
     ) -> Result<(), Fault> {
         let slot = &self.slots[index as usize];
         let (area, window) = (port.regs.fb, &mut guest.control);
+        port.regs.is |= is::TFES;
+        port.regs.tfd = fis::task_file_data(registers);
+        port.regs.halted = true;
+        port.orphan();
         if slot.queued
             && let Some(drive) = &mut port.drive
         {
@@ -215,14 +249,14 @@ impl<S: MemorySource> PortQueue<S> {
             if !slot.queued {
                 command::store(window, slot.count_at.0, &0u32.to_le_bytes())?;
             }
+            if slot.packet {
+                let fis = fis::pio_setup(registers, false, false, registers.status, PACKET);
+                command::store(window, area.wrapping_add(fis::PIO_SETUP_AT), &fis)?;
+            }
             let fis = fis::register(registers, true);
             command::store(window, area.wrapping_add(fis::REGISTER_AT), &fis)?;
             port.regs.is |= is::DHRS;
         }
-        port.regs.is |= is::TFES;
-        port.regs.tfd = fis::task_file_data(registers);
-        port.regs.halted = true;
-        port.orphan();
         Ok(())
     }
 }

@@ -3,11 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use block::{
-    ErrorKind,
-    io::{AlignedBuf, Buffers, Completion, RequestOp},
-};
-use vm_memory::Permissions;
+use block::io::{Completion, RequestOp};
 
 use super::{
     command::{self, Command, Fault},
@@ -15,13 +11,13 @@ use super::{
     hba::Shared,
     port::Port,
     regs::{cmd, is, serr},
-    slot::{End, Slot},
+    slot::Slot,
 };
 use crate::{
     MemorySource,
-    ata::{Range, Registers, Step, TaskFile, error, status},
+    ata::{Registers, Step, TaskFile, error, status},
     memory::{BatchMemory, QueueMemory},
-    stats::{Op, QueueStats},
+    stats::QueueStats,
     worker::{Batch, Drained, FrontEnd, Worker},
 };
 
@@ -30,9 +26,6 @@ pub type PortWorker<S> = Worker<PortQueue<S>>;
 
 /// Command slots of a port.
 pub(super) const SLOTS: u32 = 32;
-
-/// Bytes that a verify reads at once.
-const VERIFY_BYTES: u64 = 1 << 20;
 
 /// One port of an [`Hba`](super::Hba), as its worker drives it.
 pub struct PortQueue<S: MemorySource> {
@@ -46,7 +39,7 @@ pub struct PortQueue<S: MemorySource> {
     pub(super) ended: Vec<u32>,
     pub(super) outstanding: usize,
     /// The data plane of the drive's disk.
-    plane: Option<usize>,
+    pub(super) plane: Option<usize>,
     /// [`Port::drive_changes`] that `plane` belongs to.
     drive_changes: u64,
     since: Instant,
@@ -55,13 +48,13 @@ pub struct PortQueue<S: MemorySource> {
 }
 
 /// What a batch of commands works with.
-struct Taking<'a, 'm, S: MemorySource> {
-    port: &'a mut Port,
-    guest: &'a mut BatchMemory<'m, S::M>,
-    batch: &'a mut Batch,
+pub(super) struct Taking<'a, 'm, S: MemorySource> {
+    pub(super) port: &'a mut Port,
+    pub(super) guest: &'a mut BatchMemory<'m, S::M>,
+    pub(super) batch: &'a mut Batch,
     now: u64,
     /// A queued command was accepted.
-    accepted: bool,
+    pub(super) accepted: bool,
 }
 
 impl<S: MemorySource> PortQueue<S> {
@@ -234,207 +227,6 @@ impl<S: MemorySource> PortQueue<S> {
         self.execute(index, command, step, taking)
     }
 
-    /// Does what a device wants.
-    fn execute(
-        &mut self,
-        index: u32,
-        command: Command,
-        mut step: Step,
-        taking: &mut Taking<'_, '_, S>,
-    ) -> Result<(), Fault> {
-        // Data may come from the host first.
-        if let Step::Out {
-            protocol,
-            len,
-            payload,
-        } = step
-        {
-            let slot = &mut self.slots[index as usize];
-            slot.end = End::of(protocol, true);
-            slot.bytes = u64::from(len);
-            match Self::data(slot, &command, taking) {
-                Err(Fault::Overflow) => return self.overflow(index, taking),
-                other => other?,
-            }
-            let mut data = vec![0; len as usize];
-            command::gather(&mut taking.guest.control, &slot.data, &mut data)?;
-            let Some(drive) = &mut taking.port.drive else {
-                return Err(Fault::Interface);
-            };
-            step = drive.data_out(&slot.task, payload, &data);
-        }
-        let slot = &mut self.slots[index as usize];
-        match step {
-            Step::End(registers) => {
-                slot.registers = Some(registers);
-                if registers.is_error() {
-                    slot.end = End::Register;
-                    slot.bytes = 0;
-                }
-            }
-            Step::In { protocol, data } => {
-                slot.end = End::of(protocol, false);
-                slot.bytes = data.len() as u64;
-                match Self::data(slot, &command, taking) {
-                    Err(Fault::Overflow) => return self.overflow(index, taking),
-                    other => other?,
-                }
-                command::scatter(&mut taking.guest.control, &slot.data, &data)?;
-                slot.registers = Some(Registers::ready(&slot.task));
-            }
-            Step::Transfer {
-                protocol,
-                write,
-                fua,
-                range,
-            } => {
-                slot.end = End::of(protocol, write);
-                slot.op = if write { Op::Write } else { Op::Read };
-                slot.bytes = range.len;
-                match Self::data(slot, &command, taking) {
-                    Err(Fault::Overflow) => return self.overflow(index, taking),
-                    other => other?,
-                }
-                self.transfer(index, write, fua, range.offset, taking)?;
-            }
-            Step::Verify(range) => {
-                slot.verify = Some(range);
-                self.verify(index, taking.batch);
-            }
-            Step::Flush => {
-                slot.op = Op::Flush;
-                self.push(index, RequestOp::Flush, taking.batch);
-            }
-            Step::Trim {
-                ranges,
-                zero,
-                durable,
-            } => self.trim(index, &ranges, zero, durable, taking.batch),
-            Step::Out { .. } | Step::Packet => {
-                slot.registers = Some(Registers::failed(&slot.task, error::ABRT));
-            }
-        }
-        self.accept(index, taking);
-        Ok(())
-    }
-
-    /// The command is with the device now.
-    fn accept(&mut self, index: u32, taking: &mut Taking<'_, '_, S>) {
-        let slot = &mut self.slots[index as usize];
-        let failed = slot.registers.is_some_and(|registers| registers.is_error());
-        if slot.queued && !failed {
-            if slot.registers.is_some() {
-                slot.end = End::Queued;
-            }
-            taking.port.regs.ci &= !(1 << index);
-            taking.accepted = true;
-        } else {
-            taking.port.regs.tfd |= u32::from(status::BSY);
-        }
-        if slot.pending == 0 {
-            self.ended.push(index);
-        }
-    }
-
-    /// The descriptors have less room than the command has data: nothing is moved.
-    fn overflow(&mut self, index: u32, taking: &mut Taking<'_, '_, S>) -> Result<(), Fault> {
-        taking.port.regs.is |= is::OFS;
-        let slot = &mut self.slots[index as usize];
-        slot.end = End::Register;
-        slot.bytes = 0;
-        slot.registers = Some(Registers::failed(&slot.task, error::ABRT));
-        self.accept(index, taking);
-        Ok(())
-    }
-
-    /// Looks up the guest memory of a command.
-    fn data(
-        slot: &mut Slot,
-        command: &Command,
-        taking: &mut Taking<'_, '_, S>,
-    ) -> Result<(), Fault> {
-        let window = &mut taking.guest.control;
-        slot.descriptor_interrupt = command.data(window, slot.bytes, &mut slot.data)?;
-        Ok(())
-    }
-
-    fn transfer(
-        &mut self,
-        index: u32,
-        write: bool,
-        fua: bool,
-        offset: u64,
-        taking: &mut Taking<'_, '_, S>,
-    ) -> Result<(), Fault> {
-        let slot = &self.slots[index as usize];
-        let access = if write {
-            Permissions::Read
-        } else {
-            Permissions::Write
-        };
-        let buffers = taking
-            .guest
-            .buffers(&slot.data, access)
-            .map_err(|_| Fault::Bus)?;
-        let op = if write {
-            RequestOp::Write {
-                offset,
-                buffers,
-                fua,
-            }
-        } else {
-            RequestOp::Read { offset, buffers }
-        };
-        self.push(index, op, taking.batch);
-        Ok(())
-    }
-
-    fn trim(&mut self, index: u32, ranges: &[Range], zero: bool, durable: bool, batch: &mut Batch) {
-        let slot = &mut self.slots[index as usize];
-        slot.op = Op::Discard;
-        slot.flush_after = durable;
-        for &Range { offset, len } in ranges {
-            let op = if zero {
-                RequestOp::WriteZeroes {
-                    offset,
-                    len,
-                    may_unmap: true,
-                }
-            } else {
-                RequestOp::Discard { offset, len }
-            };
-            self.push(index, op, batch);
-        }
-    }
-
-    /// Reads the next piece of what is to be verified.
-    fn verify(&mut self, index: u32, batch: &mut Batch) {
-        let slot = &mut self.slots[index as usize];
-        let Some(range) = slot.verify else {
-            return;
-        };
-        let len = range.len.min(VERIFY_BYTES);
-        slot.verify = (range.len > len).then(|| Range {
-            offset: range.offset + len,
-            len: range.len - len,
-        });
-        let op = RequestOp::Read {
-            offset: range.offset,
-            buffers: Buffers::owned(AlignedBuf::zeroed(len as usize)),
-        };
-        self.push(index, op, batch);
-    }
-
-    /// A block request of a command. Without a medium it fails at once.
-    fn push(&mut self, index: u32, op: RequestOp, batch: &mut Batch) {
-        let slot = &mut self.slots[index as usize];
-        let id = slot.id(index);
-        match self.plane {
-            Some(plane) if batch.push_to(plane, id, op) => slot.pending += 1,
-            _ => slot.result = Err(ErrorKind::NotFound),
-        }
-    }
-
     /// A slot is free again.
     pub(super) fn release(&mut self, index: u32, port: &mut Port) {
         self.slots[index as usize].busy = false;
@@ -530,7 +322,12 @@ impl<S: MemorySource> FrontEnd for PortQueue<S> {
             );
         }
         if slot.pending == 0 && slot.result.is_ok() {
-            if slot.verify.is_some() && slot.epoch == self.shared.port(self.index).epoch {
+            let forgotten = slot.epoch != self.shared.port(self.index).epoch;
+            if slot.raw.is_some() {
+                if !forgotten {
+                    self.raw_ended(index, completion.buffers, batch);
+                }
+            } else if slot.verify.is_some() && !forgotten {
                 self.verify(index, batch);
             } else if std::mem::take(&mut slot.flush_after) {
                 self.push(index, RequestOp::Flush, batch);

@@ -6,6 +6,7 @@ use vm_memory::GuestAddress;
 use crate::{
     ata::{Protocol, Range, Registers, TaskFile},
     memory::Data,
+    mmc::Fields,
     stats::Op,
 };
 
@@ -40,6 +41,18 @@ impl End {
     }
 }
 
+/// Whole sectors on their way to the guest, a few at a time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Raw {
+    /// The next sector, of those that are being read if any are.
+    pub(super) lba: u32,
+    /// Sectors left, with those that are being read.
+    pub(super) blocks: u32,
+    pub(super) fields: Fields,
+    /// Where in the guest's data the next byte goes.
+    pub(super) at: u64,
+}
+
 /// A command in flight: a slot of the command list.
 pub(super) struct Slot {
     pub(super) busy: bool,
@@ -67,6 +80,10 @@ pub(super) struct Slot {
     pub(super) flush_after: bool,
     /// What is left to verify.
     pub(super) verify: Option<Range>,
+    /// What is left to read of whole sectors.
+    pub(super) raw: Option<Raw>,
+    /// It is a PACKET command.
+    pub(super) packet: bool,
     /// Nanoseconds since the worker was made.
     pub(super) started: u64,
 }
@@ -90,6 +107,8 @@ impl Slot {
             descriptor_interrupt: false,
             flush_after: false,
             verify: None,
+            raw: None,
+            packet: false,
             started: 0,
         }
     }
@@ -109,6 +128,8 @@ impl Slot {
         self.descriptor_interrupt = false;
         self.flush_after = false;
         self.verify = None;
+        self.raw = None;
+        self.packet = false;
         self.started = started;
     }
 

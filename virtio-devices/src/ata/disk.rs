@@ -8,13 +8,14 @@ use std::{
     time::Instant,
 };
 
+use block::AsyncDiskFile;
 use serde::{Deserialize, Serialize};
 
 use super::{
     NcqError, Payload, Protocol, Registers, Step, TaskFile, error, logs::HostLogs, opcode,
     smart::ErrorEntry, status,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, identity};
 
 /// What TRIM does on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +68,35 @@ impl Default for DiskConfig {
 }
 
 impl DiskConfig {
+    /// What fits a disk: its sectors, whether it can be written and trimmed; serial number and world
+    /// wide name are made of its path, unique and the same at every start.
+    #[must_use]
+    pub fn of(disk: &dyn AsyncDiskFile) -> Self {
+        let (topology, can) = (disk.topology(), disk.capabilities());
+        let logical = if topology.logical_block_size == 4096 {
+            4096
+        } else {
+            512
+        };
+        let physical = topology.physical_block_size;
+        let fits = physical.is_power_of_two() && (logical..=1 << 16).contains(&physical);
+        let seed = identity::seed(disk);
+        Self {
+            serial: format!("PL{:016X}", identity::fnv(&seed, 3)),
+            // Locally assigned (NAA 3): nobody registered it.
+            wwn: 3 << 60 | identity::fnv(&seed, 4) >> 4,
+            logical_sector: logical,
+            physical_sector: if fits { physical } else { logical },
+            read_only: !can.writable,
+            trim: match (can.writable, can.write_zeroes, can.discard) {
+                (true, true, _) => Trim::Zero,
+                (true, false, true) => Trim::Hint,
+                _ => Trim::None,
+            },
+            ..Self::default()
+        }
+    }
+
     fn check(&self) -> Result<()> {
         check_text("model", &self.model, 40)?;
         check_text("serial", &self.serial, 20)?;
@@ -328,7 +358,7 @@ impl AtaDisk {
                 self.state.host_logs.write(address, page, data);
                 Step::End(Registers::ready(task))
             }
-            Payload::Ignored => Step::End(Registers::ready(task)),
+            Payload::Parameters => self.abort(task),
         }
     }
 

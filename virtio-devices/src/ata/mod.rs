@@ -14,13 +14,17 @@ mod identify;
 mod io;
 mod logs;
 pub mod opcode;
+mod packet;
 mod smart;
 mod taskfile;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mmc::Fields;
+
 pub use disk::{AtaDisk, Counters, DiskConfig, DiskState, Power, Trim};
 pub use logs::NcqError;
+pub use packet::AtapiDrive;
 pub use taskfile::{Registers, TaskFile, error, status};
 
 /// How the data of a command travels.
@@ -58,8 +62,8 @@ pub enum Payload {
         /// Its first page.
         page: u16,
     },
-    /// Nobody wants it: the log may be written, but does not keep anything.
-    Ignored,
+    /// The parameter list of a packet command.
+    Parameters,
 }
 
 /// What a device wants of its adapter, so that a command can go on.
@@ -74,7 +78,7 @@ pub enum Step {
         /// What.
         data: Vec<u8>,
     },
-    /// Get data from the host and call [`AtaDisk::data_out`].
+    /// Get data from the host and call `data_out`.
     Out {
         /// How.
         protocol: Protocol,
@@ -83,7 +87,7 @@ pub enum Step {
         /// What it is for.
         payload: Payload,
     },
-    /// Move bytes between disk and host; then call [`AtaDisk::finish`].
+    /// Move bytes between disk and host; then call `finish`.
     Transfer {
         /// How.
         protocol: Protocol,
@@ -94,11 +98,11 @@ pub enum Step {
         /// Where on the disk.
         range: Range,
     },
-    /// Read without giving the data to the host; then call [`AtaDisk::finish`].
+    /// Read without giving the data to the host; then call `finish`.
     Verify(Range),
-    /// Make everything durable; then call [`AtaDisk::finish`].
+    /// Make everything durable; then call `finish`.
     Flush,
-    /// The ranges are not needed any more; then call [`AtaDisk::finish`].
+    /// The ranges are not needed any more; then call `finish`.
     Trim {
         /// What to trim.
         ranges: Vec<Range>,
@@ -107,6 +111,17 @@ pub enum Step {
         /// It has to be durable when the command ends.
         durable: bool,
     },
-    /// Get the command packet from the host; for optical drives.
+    /// Get the command packet from the host and call [`AtapiDrive::packet`].
     Packet,
+    /// Read sectors and give the host some [`Fields`] of them; then call [`AtapiDrive::finish`].
+    ReadRaw {
+        /// How.
+        protocol: Protocol,
+        /// The first sector.
+        lba: u32,
+        /// The number of sectors.
+        blocks: u32,
+        /// Which fields.
+        fields: Fields,
+    },
 }

@@ -83,16 +83,7 @@ impl Identity {
     }
 }
 
-/// A hash that will be the same for ever.
-pub(super) fn fnv(text: &str, salt: u8) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325;
-    for byte in std::iter::once(salt).chain(text.bytes()) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-    // The last bytes would otherwise barely reach the top.
-    hash ^= hash >> 29;
-    hash.wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ hash >> 32
-}
+pub(super) use crate::identity::fnv;
 
 /// A namespace of a subsystem.
 pub struct Namespace {

@@ -6,8 +6,9 @@ use std::sync::{
 };
 
 use virtio_devices::{
+    VectorInterrupt,
     ahci::{
-        Hba, HbaConfig, HbaInterrupt, PortWorker,
+        Hba, HbaConfig, PortWorker,
         driver::{Driver, Issue, Layout},
         regs::{cmd, px},
     },
@@ -31,13 +32,15 @@ pub struct Sink {
     pub messages: AtomicUsize,
 }
 
-impl HbaInterrupt for Sink {
-    fn set_line(&self, asserted: bool) {
+impl VectorInterrupt for Sink {
+    fn set_level(&self, asserted: bool) {
         self.line.store(asserted, Ordering::Release);
     }
 
-    fn message(&self) {
+    fn signal(&self, vector: u16) -> std::io::Result<()> {
+        assert_eq!(vector, 0);
         self.messages.fetch_add(1, Ordering::AcqRel);
+        Ok(())
     }
 }
 

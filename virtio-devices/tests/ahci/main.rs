@@ -1,7 +1,13 @@
 //! The AHCI host bus adapter from the driver's seat.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod ata;
+mod cdrom;
 mod common;
+mod engines;
+mod hostile;
+mod life;
 mod ncq;
 mod port;
+mod random;
 mod transfer;

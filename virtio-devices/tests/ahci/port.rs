@@ -108,10 +108,12 @@ fn a_port_reset_waits_for_what_is_in_flight() {
     machine.driver.set_global(regs::GHC, ghc::HR);
     machine.work();
     assert_ne!(machine.driver.global(regs::GHC) & ghc::HR, 0);
+    assert!(!machine.hba.is_idle());
     machine.disk.hold(false);
     machine.disk.release_all();
     machine.work();
     assert_eq!(machine.driver.global(regs::GHC), ghc::AE);
+    assert!(machine.hba.is_idle());
     assert_eq!(machine.driver.get(px::IS), 0);
     machine.start();
     machine.read(command(opcode::READ_DMA_EXT, 8, 8), 4096).ok();
@@ -209,4 +211,26 @@ fn unplugged_with_requests_in_flight() {
         1 << 22,
         "nothing of the command"
     );
+}
+
+#[test]
+fn a_list_that_is_restarted_with_a_command_in_flight() {
+    let mut machine = Machine::new(Setup::default());
+    machine.disk.hold(true);
+    machine.write(command(opcode::WRITE_DMA_EXT, 0, 8), 4096);
+    assert_eq!(machine.driver.get(px::TFD) & 0x80, 0x80);
+    machine.driver.stop();
+    machine.work();
+    assert_ne!(
+        machine.driver.get(px::CMD) & cmd::CR,
+        0,
+        "it is still running"
+    );
+    machine.disk.hold(false);
+    machine.disk.release_all();
+    machine.work();
+    assert_eq!(machine.driver.get(px::CMD) & cmd::CR, 0);
+    assert_eq!(machine.driver.get(px::TFD), 0x50);
+    machine.driver.start();
+    machine.read(command(opcode::READ_DMA_EXT, 0, 8), 4096).ok();
 }

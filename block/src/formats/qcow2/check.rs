@@ -18,7 +18,7 @@ mod scan;
 
 use serde::Serialize;
 
-use super::header::{Header, Incompatible};
+use super::header::{ExtensionType, Header, Incompatible};
 use crate::{FileId, Result, io::Io};
 use counts::Counts;
 
@@ -379,6 +379,11 @@ impl Checker<'_> {
                 .incompatible_features
                 .remove(Incompatible::CORRUPT);
             self.header.write_features(self.io, self.file).await?;
+        }
+        if self.header.extension(ExtensionType::UNFINISHED).is_some() {
+            self.io.sync(self.file).await?;
+            self.header.set_extension(ExtensionType::UNFINISHED, None);
+            self.header.write(self.io, self.file).await?;
         }
         Ok(())
     }

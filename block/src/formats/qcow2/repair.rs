@@ -2,7 +2,7 @@
 
 use super::{
     check::{Repair, check},
-    header::{Header, Incompatible},
+    header::{ExtensionType, Header, Incompatible},
 };
 use crate::{Error, FileId, Result, io::Io};
 
@@ -12,7 +12,8 @@ use crate::{Error, FileId, Result, io::Io};
 /// # Errors
 /// [`Corrupt`](crate::ErrorKind::Corrupt) when more is wrong than can be repaired; the host's.
 pub async fn repair_dirty(io: &Io, file: FileId, header: &mut Header) -> Result<()> {
-    if !header.has(Incompatible::DIRTY) {
+    let unfinished = header.extension(ExtensionType::UNFINISHED).is_some();
+    if !header.has(Incompatible::DIRTY) && !unfinished {
         return Ok(());
     }
     let mut first = None;

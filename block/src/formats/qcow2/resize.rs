@@ -59,13 +59,13 @@ impl Qcow2 {
         self.prepare_bitmaps_for(io, size).await?;
         self.settle(io).await?;
         self.drop_vm_state(io).await?;
-        let mut header = lock(&self.header).clone();
         if size < old_size {
             let cluster_size = self.geometry.cluster_size();
             let first = size.next_multiple_of(cluster_size);
             let end = old_size.next_multiple_of(cluster_size);
             self.change_units(io, first, end, Becomes::Gone).await?;
         } else {
+            let mut header = lock(&self.header).clone();
             let entries = header.l1_entries_for(size);
             if entries > self.l1.entries() {
                 self.move_l1(io, entries, size, &mut header).await?;
@@ -74,6 +74,8 @@ impl Qcow2 {
             self.grow_data_file(io, size).await?;
         }
         self.settle(io).await?;
+        // Flushing may have moved the reference count table.
+        let mut header = lock(&self.header).clone();
         header.size = size;
         if let Err(error) = header.write(io, self.file).await {
             // It may be there all the same: a failed resize should not come true with the next open.
@@ -146,7 +148,10 @@ impl Qcow2 {
         header: &mut Header,
     ) -> Result<()> {
         let (old_offset, old_bytes) = (self.l1.offset(), self.l1.entries() * 8);
-        header.l1_table_offset = self.copy_l1(io, entries, size).await?;
+        let offset = self.copy_l1(io, entries, size).await?;
+        // Flushing may have moved the reference count table.
+        *header = lock(&self.header).clone();
+        header.l1_table_offset = offset;
         header.l1_size = u32::try_from(entries).unwrap_or(u32::MAX);
         let new_clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
         let new_first = header.l1_table_offset >> self.geometry.cluster_bits;

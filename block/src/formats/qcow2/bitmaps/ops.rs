@@ -344,25 +344,40 @@ impl Qcow2 {
         let before = lock(&self.header).clone();
         let consistent = before.autoclear_features.contains(Autoclear::BITMAPS);
         let old = before.bitmaps().filter(|_| consistent);
-        let mut header = before.clone();
-        header.set_extension(
-            ExtensionType::BITMAPS,
-            extension.map(BitmapsExtension::to_bytes),
-        );
-        if extension.is_some() {
-            header.autoclear_features.insert(Autoclear::BITMAPS);
-        } else {
-            header.autoclear_features.remove(Autoclear::BITMAPS);
-        }
-        if let Err(error) = header.write(io, self.file).await {
+        if let Err(error) = self.name_directory(io, &before, extension).await {
             // It may be there all the same: then what it names must stay.
             if before.write(io, self.file).await.is_err() {
                 taken.clear();
             }
             return Err(error);
         }
-        *lock(&self.header) = header;
         Ok(old)
+    }
+
+    /// Makes the header name another directory. While its extension is being written, which need
+    /// not lie in one sector, nobody trusts it.
+    async fn name_directory(
+        &self,
+        io: &Io,
+        before: &Header,
+        extension: Option<BitmapsExtension>,
+    ) -> Result<()> {
+        let mut header = before.clone();
+        if header.autoclear_features.contains(Autoclear::BITMAPS) {
+            header.autoclear_features.remove(Autoclear::BITMAPS);
+            header.write_features(io, self.file).await?;
+        }
+        header.set_extension(
+            ExtensionType::BITMAPS,
+            extension.map(BitmapsExtension::to_bytes),
+        );
+        header.write(io, self.file).await?;
+        if extension.is_some() {
+            header.autoclear_features.insert(Autoclear::BITMAPS);
+            header.write_features(io, self.file).await?;
+        }
+        *lock(&self.header) = header;
+        Ok(())
     }
 
     /// Stores what changed and marks everything as up to date. The disk is drained and everything

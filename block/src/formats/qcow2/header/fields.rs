@@ -156,6 +156,10 @@ impl ExtensionType {
     /// The external data file's name.
     pub const DATA_FILE: Self = Self(0x4441_5441);
 
+    /// Written by Platter into a version 2 image, which has no dirty bit, while its snapshots are being
+    /// changed: an image that has it is repaired when it is opened for writing.
+    pub const UNFINISHED: Self = Self(0x506c_4472);
+
     /// Whether the type has a meaning here.
     #[must_use]
     pub fn is_known(self) -> bool {
@@ -166,6 +170,7 @@ impl ExtensionType {
             Self::BITMAPS,
             Self::CRYPTO_HEADER,
             Self::DATA_FILE,
+            Self::UNFINISHED,
         ]
         .contains(&self)
     }

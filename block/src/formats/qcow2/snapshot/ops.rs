@@ -6,21 +6,25 @@
 //!
 //! The order on the disk: COPIED flags are cleared before reference counts go up, which go up before
 //! anything new is named; what is not named any more loses its references afterwards, and flags are
-//! set again last. Between the first and the last step a version 3 image is marked dirty, so that an
-//! open for writing repairs flags that say too little and counts that say too much.
+//! set again last. Between the first and the last step a version 3 image is marked dirty, and a version
+//! 2 image has an extension of its header that says the same, so that an open for writing repairs
+//! flags that say too little and counts that say too much.
 
 use super::{Snapshot, SnapshotTable};
 use crate::{
     Error, FileId, Result,
     formats::qcow2::{
         counts::write_counts,
-        header::{Autoclear, Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
+        header::{Autoclear, ExtensionType, Header, Incompatible, MAX_L1_SIZE, MAX_SNAPSHOTS},
         l2::{COPIED, Entry, Geometry, L2Entry, OFFSET_MASK, decode},
         read_refcount_table,
         refcount::Refcounts,
     },
     io::{AlignedBuf, Io},
 };
+
+/// What a disk writes as a whole or not at all, in bytes.
+const SECTOR: usize = 512;
 
 /// Runs of clusters after which reference counts are written, so that they do not fill the memory.
 const RELIEVE: usize = 1 << 16;
@@ -569,23 +573,41 @@ impl<'a> Editor<'a> {
         self.io.sync(self.file).await
     }
 
+    /// Marks the image as one whose flags and counts may not agree.
     async fn begin(&mut self) -> Result<()> {
-        if self.header.version >= 3 && !self.was_dirty {
+        if self.was_dirty {
+            return Ok(());
+        }
+        if self.header.version >= 3 {
             self.header
                 .incompatible_features
                 .insert(Incompatible::DIRTY);
-            self.header.write_features(self.io, self.file).await?;
+            return self.header.write_features(self.io, self.file).await;
+        }
+        let mut marked = self.header.clone();
+        marked.set_extension(ExtensionType::UNFINISHED, Some(Vec::new()));
+        // Only where the header is written as a whole or not at all.
+        if marked.to_bytes().is_ok_and(|bytes| bytes.len() <= SECTOR) {
+            marked.write(self.io, self.file).await?;
+            *self.header = marked;
         }
         Ok(())
     }
 
     async fn end(&mut self) -> Result<()> {
         self.write_counts().await?;
-        if self.header.version >= 3 && !self.was_dirty {
+        if self.was_dirty {
+            return Ok(());
+        }
+        if self.header.version >= 3 {
             self.header
                 .incompatible_features
                 .remove(Incompatible::DIRTY);
-            self.header.write_features(self.io, self.file).await?;
+            return self.header.write_features(self.io, self.file).await;
+        }
+        if self.header.extension(ExtensionType::UNFINISHED).is_some() {
+            self.header.set_extension(ExtensionType::UNFINISHED, None);
+            self.header.write(self.io, self.file).await?;
         }
         Ok(())
     }

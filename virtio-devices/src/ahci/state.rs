@@ -1,0 +1,177 @@
+//! What is saved of an HBA, for snapshots and migration.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Hba,
+    drive::{Device, Drive},
+    port::{Port, Registers},
+    regs::{cmd, is},
+};
+use crate::{Error, Result, ata::DiskState, mmc::MmcState};
+
+/// The version of [`HbaState`] that this crate writes.
+pub const STATE_VERSION: u32 = 1;
+
+/// Everything about an HBA that its configuration, its drives and their disks do not say. Saved when
+/// every worker has been drained; untrusted when it comes back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HbaState {
+    version: u32,
+    interrupts: bool,
+    is: u32,
+    ccc_ctl: u32,
+    ccc_ports: u32,
+    ports: Vec<PortState>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct PortState {
+    registers: Registers,
+    drive: DriveState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum DriveState {
+    None,
+    Disk(Box<DiskState>),
+    Optical { drive: MmcState, transfer_mode: u8 },
+}
+
+impl DriveState {
+    fn of(drive: Option<&Drive>) -> Self {
+        match drive.map(|drive| &drive.device) {
+            None => DriveState::None,
+            Some(Device::Disk(disk)) => DriveState::Disk(Box::new(disk.save())),
+            Some(Device::Optical(optical)) => DriveState::Optical {
+                drive: optical.drive.save(),
+                transfer_mode: optical.transfer_mode(),
+            },
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            DriveState::None => "nothing",
+            DriveState::Disk(_) => "a disk",
+            DriveState::Optical { .. } => "an optical drive",
+        }
+    }
+}
+
+impl Hba {
+    /// The state of the HBA. The workers of all ports are drained; commands that were issued and not
+    /// taken are in it and start after the restore.
+    ///
+    /// # Errors
+    /// [`Error::NotDrained`].
+    pub fn save(&self) -> Result<HbaState> {
+        let mut ports = Vec::new();
+        for index in 0..u32::from(self.config().ports) {
+            let port = self.shared.port(index);
+            if port.taken != 0 {
+                return Err(Error::NotDrained {
+                    queue: index as u16,
+                    in_flight: port.taken.count_ones() as usize,
+                });
+            }
+            ports.push(PortState {
+                registers: port.regs.clone(),
+                drive: DriveState::of(port.drive.as_ref()),
+            });
+        }
+        let irq = self.shared.irq();
+        Ok(HbaState {
+            version: STATE_VERSION,
+            interrupts: irq.enabled,
+            is: irq.is,
+            ccc_ctl: irq.ccc_ctl,
+            ccc_ports: irq.ccc_ports,
+            ports,
+        })
+    }
+
+    /// Puts the HBA into a saved state. It has the same ports, and drives of the same kinds in them.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a version, port or drive that this HBA does not have, or values that no
+    /// driver could have set. What it was is lost then: [`reset`](Self::reset) it.
+    pub fn restore(&self, state: &HbaState) -> Result<()> {
+        if state.version != STATE_VERSION {
+            return Err(Error::State(format!(
+                "version is {}, this is version {STATE_VERSION}",
+                state.version
+            )));
+        }
+        if state.ports.len() != usize::from(self.config().ports) {
+            return Err(Error::State(format!(
+                "it has {} ports, the HBA {}",
+                state.ports.len(),
+                self.config().ports
+            )));
+        }
+        for (index, saved) in state.ports.iter().enumerate() {
+            let has = DriveState::of(self.shared.port(index as u32).drive.as_ref());
+            if std::mem::discriminant(&has) != std::mem::discriminant(&saved.drive) {
+                return Err(Error::State(format!(
+                    "port {index} has {}, the saved one {}",
+                    has.name(),
+                    saved.drive.name()
+                )));
+            }
+        }
+        self.reset();
+        for (index, saved) in state.ports.iter().enumerate() {
+            let mut port = self.shared.port(index as u32);
+            restore_port(&mut port, saved)?;
+            self.shared.interrupt(index as u32, &port, 0);
+            port.ring();
+        }
+        self.shared
+            .irq()
+            .restore(state.is, state.interrupts, state.ccc_ctl, state.ccc_ports);
+        Ok(())
+    }
+}
+
+fn restore_port(port: &mut Port, saved: &PortState) -> Result<()> {
+    match (&mut port.drive, &saved.drive) {
+        (
+            Some(Drive {
+                device: Device::Disk(disk),
+                ..
+            }),
+            DriveState::Disk(state),
+        ) => disk.restore((**state).clone())?,
+        (
+            Some(Drive {
+                device: Device::Optical(optical),
+                ..
+            }),
+            DriveState::Optical {
+                drive,
+                transfer_mode,
+            },
+        ) => {
+            optical.drive.restore(drive.clone())?;
+            optical.restore_transfer_mode(*transfer_mode);
+        }
+        _ => {}
+    }
+    let plugged = port.drive.is_some();
+    let mut regs = saved.registers.clone();
+    let running = |on: bool, bit: u32| if on { bit } else { 0 };
+    let writable = cmd::ST | cmd::FRE | cmd::SUD | cmd::ATAPI | cmd::CCS;
+    regs.clb &= !0x3ff;
+    regs.fb &= !0xff;
+    regs.ie &= is::ALL;
+    regs.sctl &= 0xfff;
+    regs.next_slot &= 31;
+    regs.link &= plugged;
+    regs.cmd = regs.cmd & writable
+        | port.regs.cmd & (cmd::HPCP | cmd::POD)
+        | running(regs.cmd & cmd::ST != 0, cmd::CR)
+        | running(regs.cmd & cmd::FRE != 0, cmd::FR);
+    port.regs = regs;
+    Ok(())
+}
