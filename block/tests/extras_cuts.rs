@@ -91,15 +91,13 @@ fn new(name: &str) -> NewSnapshot {
 
 /// From the given write or sync on everything fails; then the power is cut.
 fn arm(host: &SimHost, op: SimOp, skip: u64) {
-    for (kind, skip) in [(op, skip)] {
-        host.inject(SimFault {
-            path: None,
-            op: kind,
-            skip,
-            count: u64::MAX,
-            errno: libc::EIO,
-        });
-    }
+    host.inject(SimFault {
+        path: None,
+        op,
+        skip,
+        count: u64::MAX,
+        errno: libc::EIO,
+    });
 }
 
 type Act = fn(&Disk) -> block::Result<()>;
@@ -306,7 +304,7 @@ fn verify_bitmaps(host: &SimHost, what: &str, closed: bool) {
     );
     let disk = open(host);
     let bytes = content(&disk);
-    let written = bytes[50_000..55_000].iter().any(|byte| *byte == 4);
+    let written = bytes[50_000..55_000].contains(&4);
     for bitmap in disk.bitmaps().iter().filter(|one| !one.inconsistent) {
         let bits = disk.bitmap_bits(&bitmap.name).unwrap();
         let ranges: Vec<_> = bits.ranges().map(|r| (r.start.0, r.end())).collect();
