@@ -201,6 +201,16 @@ impl Error {
         self
     }
 
+    /// The failure to read a table. One that the file ends before is corrupt; one that the host did
+    /// not read may be as good as ever.
+    pub(crate) fn of_table(message: String, cause: Self) -> Self {
+        let kind = match cause.kind() {
+            ErrorKind::ShortTransfer => ErrorKind::Corrupt,
+            kind => kind,
+        };
+        Self::with_message(kind, message).source(cause)
+    }
+
     /// The same error with its cause.
     #[must_use]
     pub fn source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {

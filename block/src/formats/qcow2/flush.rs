@@ -26,6 +26,7 @@ use super::{
     Qcow2,
     counts::{write_counts, write_pieces},
     l2::Compressed,
+    overlap::Metadata,
 };
 use crate::{
     Result,
@@ -260,6 +261,9 @@ impl Qcow2 {
     /// Writes changed reference counts, in their order.
     pub(super) async fn write_refcounts(&self, io: &Io) -> Result<()> {
         let _claim = self.marks.claim_header().await;
+        for offset in self.refcounts.dirty_blocks() {
+            self.check_table(offset, Metadata::RefcountBlock)?;
+        }
         let mut header = lock(&self.header).clone();
         write_counts(io, self.file, &self.refcounts, &mut header).await?;
         *lock(&self.header) = header;

@@ -113,8 +113,6 @@ impl Qcow2 {
     pub(super) async fn note_corruption<T>(&self, io: &Io, result: Result<T>) -> Result<T> {
         if let Err(error) = &result
             && error.kind() == ErrorKind::Corrupt
-            // A table that could not be read may be as good as ever.
-            && std::error::Error::source(error).is_none()
             && self.writable
             && !self.marks.corrupt.swap(true, Ordering::AcqRel)
         {

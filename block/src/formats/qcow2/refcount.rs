@@ -185,7 +185,7 @@ impl Refcounts {
         let Some(offset) = offset else { return Ok(()) };
         let size = self.geometry.cluster_size() as usize;
         let bytes = io.read(self.file, offset, size).await.map_err(|error| {
-            Error::corrupt(format!("refcount block {number} at {offset:#x}")).source(error)
+            Error::of_table(format!("refcount block {number} at {offset:#x}"), error)
         })?;
         let mut state = lock(&self.state);
         self.evict_clean(&mut state);
@@ -636,6 +636,17 @@ impl Refcounts {
     /// Where the blocks are that were made since this was last asked.
     pub(super) fn take_new_blocks(&self) -> Vec<u64> {
         std::mem::take(&mut lock(&self.state).new_blocks)
+    }
+
+    /// Where changed blocks are going to be written.
+    pub(super) fn dirty_blocks(&self) -> Vec<u64> {
+        let state = lock(&self.state);
+        let dirty = state
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.dirty.is_some());
+        let entries = dirty.filter_map(|(number, _)| state.table.get(*number as usize));
+        entries.map(|entry| entry & BLOCK_OFFSET_MASK).collect()
     }
 
     /// Bytes of changed blocks.

@@ -150,10 +150,8 @@ impl Qcow2 {
             .get_or_load(io, self.file, offset, bytes, missing)
             .await
             .map_err(|error| {
-                Error::corrupt(format!(
-                    "L2 table at {table:#x} for guest cluster {cluster}"
-                ))
-                .source(error)
+                let message = format!("L2 table at {table:#x} for guest cluster {cluster}");
+                Error::of_table(message, error)
             })
     }
 
