@@ -44,7 +44,7 @@ pub(crate) struct NvmeArgs {
     /// A socket to listen on: a controller each
     #[arg(long, value_name = "PATH", required = true)]
     socket: Vec<PathBuf>,
-    /// A namespace: IMAGE[,format=FMT][,lba=4096][,sidecar=PATH]…
+    /// A namespace: an image, with ,format=FMT ,lba=4096 and ,sidecar=PATH as wanted
     #[arg(long, value_name = "IMAGE[,…]")]
     namespace: Vec<String>,
     /// I/O queue pairs of a controller
