@@ -222,7 +222,7 @@ impl Opener<'_> {
                 writable,
                 metadata_cache_size: self.options.metadata_cache_size,
                 data_file,
-                discard_no_unref: self.options.discard_no_unref,
+                discard_no_unref: top && self.options.discard_no_unref,
                 lazy_refcounts: self.options.lazy_refcounts,
                 unlock: self.options.unlock(depth),
             };

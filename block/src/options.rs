@@ -252,7 +252,8 @@ impl OpenOptions {
     }
 
     /// A discard gives host space back, but its clusters stay with the guest's and are not used for
-    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`.
+    /// anything else: an image that was laid out well stays so. QEMU's `discard-no-unref`; an image of
+    /// version 2 does not open with it.
     #[must_use]
     pub fn discard_no_unref(mut self, keep: bool) -> Self {
         self.discard_no_unref = keep;

@@ -177,3 +177,32 @@ fn offsets_inside_clusters_mark_the_image() {
     assert!(fs::read(&path).unwrap() == before);
     refuses(&path, 0, expected);
 }
+
+#[test]
+fn discards_without_unref_keep_clusters_and_need_version_3() {
+    let dir = dir();
+    let path = image(&dir, "compat=0.10");
+    let options = OpenOptions::new().discard_no_unref(true);
+    let before = fs::read(&path).unwrap();
+    let error = options.clone().open(&path).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+    assert!(error.to_string().contains("version 3"), "{error}");
+    assert!(fs::read(&path).unwrap() == before, "refusing wrote");
+
+    let path = image(&dir, "compat=1.1");
+    let entry = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        u64::from_be_bytes(bytes[L2_TABLE..L2_TABLE + 8].try_into().unwrap())
+    };
+    let before = entry(&path);
+    let disk = options.open(&path).unwrap();
+    disk.discard(0, CLUSTER as u64).unwrap();
+    disk.flush().unwrap();
+    let mut got = vec![1; CLUSTER];
+    disk.read_at(&mut got, 0).unwrap();
+    assert!(got.iter().all(|byte| *byte == 0));
+    disk.close().unwrap();
+    // The zero flag, and the same cluster.
+    assert_eq!(entry(&path), before | 1);
+    assert!(is_clean(&path));
+}

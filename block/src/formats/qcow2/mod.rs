@@ -138,6 +138,12 @@ impl Qcow2 {
         options: Qcow2Options,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
+        if options.discard_no_unref && header.version < 3 {
+            // A version 2 entry cannot say zero and name a cluster.
+            return Err(Error::invalid_argument(
+                "discard-no-unref is only supported since qcow2 version 3",
+            ));
+        }
         // Before anything is changed: the key may be wrong.
         let crypt = Crypt::open(io, file, &header, &options.unlock).await?;
         if options.writable {

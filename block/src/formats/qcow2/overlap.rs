@@ -18,7 +18,7 @@ use std::{
 };
 
 use super::{Qcow2, header::Header, refcount::Run};
-use crate::{Error, Result, io::Io, sync::lock};
+use crate::{Error, ErrorKind, Result, io::Io, sync::lock};
 
 /// What a cluster of metadata is, in the order in which QEMU names one of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,9 +200,13 @@ impl Qcow2 {
             self.overlap.add(offset >> bits, 1, Metadata::RefcountBlock);
         }
         for index in 0..self.l1.entries() {
-            // A table that is not on a cluster boundary is found when it is used.
-            if let Ok(Some(entry)) = self.l1_entry(io, index << self.geometry.l2_bits).await {
-                self.overlap.add(entry.table >> bits, 1, Metadata::ActiveL2);
+            match self.l1_entry(io, index << self.geometry.l2_bits).await {
+                Ok(Some(entry)) => self.overlap.add(entry.table >> bits, 1, Metadata::ActiveL2),
+                Ok(None) => {}
+                // A table that is not on a cluster boundary is found when it is used.
+                Err(error) if error.kind() == ErrorKind::Corrupt => {}
+                // Without it the set would have a hole for as long as the image is open.
+                Err(error) => return Err(error),
             }
         }
         lock(&self.overlap.known).built_for = Some(wanted);
