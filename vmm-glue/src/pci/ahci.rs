@@ -44,6 +44,8 @@ const ABAR: u8 = 5;
 /// Where the pair is in its BAR: the index, then the data.
 const INDEX: u64 = 0x10;
 const DATA: u64 = 0x14;
+/// The same for SATACR1: BAR 4, dword 4.
+const PAIR: u8 = 0x48;
 /// Capability: SATA.
 const ID_SATA: u8 = 0x12;
 
@@ -121,8 +123,8 @@ impl PciFunction for AhciFunction {
             line: true,
             capabilities: vec![Capability {
                 id: ID_SATA,
-                // Revision 1.0; the pair is in BAR 4, so many dwords from its start.
-                bytes: vec![0x10, 0, 0x08 | (INDEX / 4) as u8 % 16 << 4, 0, 0, 0],
+                // Revision 1.0, then SATACR1.
+                bytes: vec![0x10, 0, PAIR, 0, 0, 0],
                 writable: Vec::new(),
             }],
             registers: vec![Registers {

@@ -87,16 +87,9 @@ impl ConfigSpace {
         space.put(0x08, &[description.revision, interface, sub, base]);
         space.set16(0x2c, description.subsystem.0);
         space.set16(0x2e, description.subsystem.1);
-        let (mut command, bars) = (COMMAND_MASTER | COMMAND_NO_LINE, &description.bars);
         // Parity and system errors can be enabled, and never happen.
-        command |= 1 << 6 | 1 << 8;
-        if bars.iter().any(|bar| bar.io) {
-            command |= COMMAND_IO;
-        }
-        if bars.iter().any(|bar| !bar.io) {
-            command |= COMMAND_MEMORY;
-        }
-        space.allow16(COMMAND, command);
+        let command = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_LINE;
+        space.allow16(COMMAND, command | 1 << 6 | 1 << 8);
         space.allow(0x0c, &[0xff]);
         space.allow(0x3c, &[0xff]);
         space.put(INTERRUPT_PIN, &[u8::from(description.line)]);

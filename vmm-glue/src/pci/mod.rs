@@ -10,12 +10,16 @@
 mod ahci;
 mod config;
 mod msix;
+mod slot;
 mod threads;
+mod virtio;
 
 pub use ahci::{AhciFunction, AhciFunctionConfig};
 pub use config::{Changes, ConfigSpace, MsiMessage};
 pub use msix::{MsixMessage, MsixTable};
+pub use slot::{BusSignals, PciSlot, SlotInterrupts};
 pub(crate) use threads::WorkerThreads;
+pub use virtio::{VirtioPciBlk, VirtioPciConfig};
 
 /// A base address register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
