@@ -34,6 +34,8 @@ pub struct Quirks {
     pub register_after_pio_in: bool,
     /// Descriptors do not interrupt (PxIS.DPS), whatever they ask for.
     pub no_descriptor_interrupt: bool,
+    /// A READ or WRITE with a 28-bit address counts with 16 bits.
+    pub wide_counts: bool,
 }
 
 /// How an HBA is made.

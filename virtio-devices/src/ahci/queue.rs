@@ -155,7 +155,10 @@ impl<S: MemorySource> PortQueue<S> {
         let command = Command::fetch(&mut taking.guest.control, list, index)?;
         match command.fis {
             FromHost::Control(control) => self.control(index, command, control, taking),
-            FromHost::Command(task) => {
+            FromHost::Command(mut task) => {
+                if self.shared.config.quirks.wide_counts {
+                    task = task.widened();
+                }
                 let started = self.start(index, command, &task, taking);
                 if started.is_err() {
                     self.release(index, taking.port);

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::opcode;
+
 /// Bits of the Status field (ACS-3, 6.2).
 pub mod status {
     /// The device is busy.
@@ -70,6 +72,27 @@ impl TaskFile {
     #[must_use]
     pub fn lba28(&self) -> u64 {
         self.lba & 0xff_ffff | u64::from(self.device & 0xf) << 24
+    }
+
+    /// A READ or WRITE with a 28-bit address as the 48-bit command that counts with 16 bits; any other
+    /// command as it is.
+    #[must_use]
+    pub fn widened(&self) -> Self {
+        let command = match self.command {
+            opcode::READ_SECTORS => opcode::READ_SECTORS_EXT,
+            opcode::WRITE_SECTORS => opcode::WRITE_SECTORS_EXT,
+            opcode::READ_DMA => opcode::READ_DMA_EXT,
+            opcode::WRITE_DMA => opcode::WRITE_DMA_EXT,
+            _ => return *self,
+        };
+        if !self.is_lba() || self.count == 0 {
+            return *self;
+        }
+        Self {
+            command,
+            lba: self.lba28(),
+            ..*self
+        }
     }
 
     /// Whether the Device field says LBA, not cylinder, head and sector.

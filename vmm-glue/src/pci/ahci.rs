@@ -121,6 +121,8 @@ impl PciFunction for AhciFunction {
             msix: None,
             msi: 1,
             line: true,
+            // AHCI 1.3.1 (2.3) reserves the bit that would say so.
+            keeps_state: false,
             capabilities: vec![Capability {
                 id: ID_SATA,
                 // Revision 1.0, then SATACR1.

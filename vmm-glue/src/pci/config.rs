@@ -31,7 +31,7 @@ pub struct Changes {
     pub memory: bool,
     /// MSI-X, MSI or the line were switched on or off, or masked.
     pub interrupts: bool,
-    /// A function-level reset was asked for.
+    /// A function-level reset was asked for, or the function came back from D3hot and keeps no state.
     pub reset: bool,
 }
 
@@ -66,6 +66,8 @@ pub struct ConfigSpace {
     msi: Option<usize>,
     msix: Option<usize>,
     express: usize,
+    /// Power management control and status.
+    power: usize,
 }
 
 impl ConfigSpace {
@@ -80,6 +82,7 @@ impl ConfigSpace {
             msi: None,
             msix: None,
             express: 0,
+            power: 0,
         };
         space.set16(0x00, description.id.0);
         space.set16(0x02, description.id.1);
@@ -136,21 +139,25 @@ impl ConfigSpace {
             start
         };
         if description.msi > 0 {
-            let msi = add(self, ID_MSI, 24);
             let log = u16::from(description.msi.max(1).ilog2() as u8).min(5);
-            // 64-bit addresses, masks.
-            self.set16(msi + 2, log << 1 | 1 << 7 | 1 << 8);
+            // 64-bit addresses. One vector needs no mask, and AHCI reserves the bit that would say so.
+            let masks = log > 0;
+            let msi = add(self, ID_MSI, if masks { 20 } else { 14 });
+            self.set16(msi + 2, log << 1 | 1 << 7 | u16::from(masks) << 8);
             self.allow16(msi + 2, 1 | 7 << 4);
             self.allow(msi + 4, &[0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
             self.allow(msi + 12, &[0xff, 0xff]);
-            self.allow(msi + 16, &[0xff; 4]);
+            if masks {
+                self.allow(msi + 16, &[0xff; 4]);
+            }
             self.msi = Some(msi);
         }
         let power = add(self, ID_POWER, 8);
-        // Version 3, D0 and D3hot, no state is lost.
+        // Version 3, D0 and D3hot.
         self.set16(power + 2, 3);
-        self.set16(power + 4, 1 << 3);
+        self.set16(power + 4, u16::from(description.keeps_state) << 3);
         self.allow16(power + 4, 3);
+        self.power = power + 4;
         let express = add(self, ID_EXPRESS, 0x3c);
         // Version 2, a root complex integrated endpoint; function-level reset.
         self.set16(express + 2, 2 | 9 << 4);
@@ -185,7 +192,7 @@ impl ConfigSpace {
     /// Writes what may be written, and says what that changed.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Changes {
         let before = self.facts();
-        let mut reset = false;
+        let power = self.bytes[self.power] & 3;
         for (ahead, byte) in (0..).zip(data) {
             let at = usize::try_from(offset.saturating_add(ahead)).unwrap_or(usize::MAX);
             let (Some(now), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) else {
@@ -193,6 +200,9 @@ impl ConfigSpace {
             };
             *now = *now & !mask | byte & mask;
         }
+        // From D3hot to D0 without No_Soft_Reset: everything is as after a reset.
+        let now = self.bytes[self.power];
+        let mut reset = power == 3 && now & 3 == 0 && now & 1 << 3 == 0;
         // Initiate Function Level Reset reads as zero.
         let control = self.express + 9;
         if self.bytes[control] & 0x80 != 0 {
@@ -312,11 +322,12 @@ impl ConfigSpace {
     pub fn msi(&self) -> Option<MsiMessage> {
         let at = self.msi?;
         let control = self.get16(at + 2);
+        let masks = control & 1 << 8 != 0;
         (control & 1 != 0).then(|| MsiMessage {
             address: u64::from(self.get32(at + 4)) | u64::from(self.get32(at + 8)) << 32,
             data: self.get16(at + 12),
             vectors: 1 << (control >> 4 & 7).min(5),
-            mask: self.get32(at + 16),
+            mask: if masks { self.get32(at + 16) } else { 0 },
         })
     }
 
@@ -375,6 +386,7 @@ mod tests {
             }),
             msi: 4,
             line: true,
+            keeps_state: false,
             capabilities: vec![Capability {
                 id: 9,
                 bytes: vec![8, 1, 2, 3, 4, 5],
@@ -436,6 +448,15 @@ mod tests {
         assert_eq!(get32(&space, own), 0x03f2_0108);
         space.reset();
         assert_eq!(get32(&space, 0x90) >> 16, 0x013f);
+    }
+
+    #[test]
+    fn waking_up_is_a_reset() {
+        let mut space = space();
+        let power = space.power as u64;
+        assert!(!space.write(power, &[3, 0]).reset);
+        assert!(space.write(power, &[0, 0]).reset);
+        assert!(!space.write(power, &[0, 0]).reset);
     }
 
     #[test]

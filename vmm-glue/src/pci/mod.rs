@@ -110,6 +110,8 @@ pub struct Description {
     pub msi: u8,
     /// Whether it has an interrupt line (INTA).
     pub line: bool,
+    /// Whether it keeps its state in D3hot (`No_Soft_Reset`).
+    pub keeps_state: bool,
     /// Capabilities besides power management, MSI, MSI-X and PCI Express.
     pub capabilities: Vec<Capability>,
     /// Registers outside of capabilities.

@@ -142,7 +142,8 @@ impl Interrupt for PciInterrupt {
     }
 
     fn signal_config(&self) -> io::Result<()> {
-        self.raise(ISR_CONFIG, &self.config_vector)
+        // Without vectors a driver may look at the first bit only, and finds an unchanged ring then.
+        self.raise(ISR_CONFIG | ISR_QUEUE, &self.config_vector)
     }
 }
 
@@ -361,6 +362,7 @@ impl<S: MemorySource + Clone + Send + 'static> PciFunction for VirtioPciBlk<S> {
             }),
             msi: 0,
             line: true,
+            keeps_state: true,
             capabilities: vec![
                 structure(CAP_COMMON, COMMON, COMMON_BYTES, &[]),
                 structure(CAP_NOTIFY, NOTIFY, notify, &4_u32.to_le_bytes()),

@@ -90,6 +90,7 @@ impl PciFunction for NvmeFunction {
             }),
             msi: 0,
             line: true,
+            keeps_state: true,
             capabilities: Vec::new(),
             registers: Vec::new(),
         }
