@@ -28,8 +28,11 @@ pub(crate) type Memory = Arc<GuestMemoryMmap>;
 /// Vectors that a slot has room for.
 const VECTORS: u16 = 64;
 
+/// A disk, and the breakpoints of its requests.
+pub(crate) type Opened = (Box<dyn AsyncDiskFile>, Option<Arc<Faults>>);
+
 /// Opens the image of a `-drive` or `-blockdev`, and what can be done to its requests if it says so.
-pub(crate) fn open(drive: &Options) -> Result<(Box<dyn AsyncDiskFile>, Option<Arc<Faults>>)> {
+pub(crate) fn open(drive: &Options) -> Result<Opened> {
     let file = drive
         .get("file")
         .map_or_else(|| drive.need("filename"), Ok)?;
@@ -88,6 +91,7 @@ pub(crate) fn address(device: &Options) -> Result<u8> {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
 fn failed(error: impl ToString) -> String {
     error.to_string()
 }

@@ -277,7 +277,7 @@ impl Machine {
         data.fill(0xff);
         match port {
             CONFIG_ADDRESS => {
-                data.copy_from_slice(&self.config_address.to_le_bytes()[..data.len()])
+                data.copy_from_slice(&self.config_address.to_le_bytes()[..data.len()]);
             }
             CONFIG_DATA..=0xcff => {
                 if let Some((slot, register)) = self.selected(port) {

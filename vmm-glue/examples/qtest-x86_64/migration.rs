@@ -17,6 +17,7 @@ const PAGE: usize = 4096;
 /// Bytes of a configuration space that go along.
 const CONFIG: usize = 256;
 
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
 fn text(error: impl ToString) -> String {
     error.to_string()
 }
