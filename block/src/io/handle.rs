@@ -97,6 +97,15 @@ impl Io {
         self.with_file(file, |file| file.entry.file.len())?
     }
 
+    /// Whether writes bypass the page cache of a file that can grow.
+    pub(crate) fn writes_directly(&self, file: FileId) -> bool {
+        self.with_file(file, |file| {
+            let file = &file.entry.file;
+            !file.alignment().is_none() && !file.is_block_device()
+        })
+        .unwrap_or(false)
+    }
+
     /// The path of a file.
     #[must_use]
     pub fn file_path(&self, file: FileId) -> PathBuf {
