@@ -312,13 +312,19 @@ impl Header {
         if raw && self.backing_file.is_some() {
             return Err(Error::unsupported(
                 "a backing file together with data-file-raw: the data file would not be the disk",
+            )
+            .field(
+                "autoclear_features",
+                format_args!("{:#x}", self.autoclear_features.0),
+                "bit 1 to be clear with a backing file",
             ));
         }
         if writable && self.nb_snapshots > 0 {
             return Err(Error::unsupported(format!(
                 "{} snapshots together with an external data file: writing would change them",
                 self.nb_snapshots
-            )));
+            ))
+            .field("nb_snapshots", self.nb_snapshots, "0 with a data file"));
         }
         Ok(())
     }
