@@ -365,16 +365,6 @@ impl Header {
         io.sync(file).await
     }
 
-    /// Writes the header area and makes it durable.
-    ///
-    /// # Errors
-    /// As [`to_bytes`](Self::to_bytes), and the host's.
-    pub async fn write(&self, io: &Io, file: FileId) -> Result<()> {
-        let bytes = self.to_bytes()?;
-        io.write(file, 0, AlignedBuf::from_slice(&bytes)).await?;
-        io.sync(file).await
-    }
-
     /// The bytes from the start of the image that hold the header, its extensions and the backing
     /// file name. Where neither extensions nor the name changed, every byte that no changed field
     /// covers is the one that was read; otherwise the name moves behind the last extension.
@@ -423,7 +413,9 @@ impl Header {
     /// is and its length.
     fn new_layout(&self) -> Result<(Vec<u8>, u64, u32)> {
         let mut out = vec![0; self.header_length as usize];
-        for extension in &self.extensions {
+        // What a change that was cut off left is not taken along.
+        let kept = |extension: &&Extension| extension.kind != ExtensionType::MOVED;
+        for extension in self.extensions.iter().filter(kept) {
             // At most a cluster each.
             out.extend_from_slice(&extension.kind.0.to_be_bytes());
             out.extend_from_slice(&(extension.data.len() as u32).to_be_bytes());
