@@ -4,6 +4,7 @@
 mod queue_thread;
 mod socket;
 mod sys;
+mod virtio_transport;
 
 pub mod in_process;
 pub mod pci;
