@@ -100,7 +100,7 @@ const CHANGES: [(&str, Change); 6] = [
         header.set_extension(UNKNOWN, Some(vec![0xdd; 300]));
     }),
     ("an extension less", |header| {
-        header.set_extension(UNKNOWN, None)
+        header.set_extension(UNKNOWN, None);
     }),
     ("version 3", |header| {
         if header.version == 2 {
