@@ -26,6 +26,7 @@ mod measure;
 mod rebase;
 mod resize;
 mod serve;
+mod serve_ahci;
 mod serve_nvme;
 mod snapshot;
 mod util;

@@ -13,6 +13,7 @@ use crate::{
         open::{self, OpenHow},
         spec::ImageSpec,
     },
+    serve_ahci::AhciArgs,
     serve_nvme::NvmeArgs,
     util::{
         failure::{Failure, Outcome},
@@ -31,6 +32,7 @@ pub(crate) struct ServeArgs {
 enum Transport {
     VhostUserBlk(VhostUserBlkArgs),
     Nvme(NvmeArgs),
+    Ahci(AhciArgs),
 }
 
 /// Serve a disk as a vhost-user-blk device, for any VMM that speaks vhost-user
@@ -109,6 +111,7 @@ pub(crate) fn run(args: &ServeArgs, persona: Persona) -> Outcome {
     match &args.transport {
         Transport::VhostUserBlk(args) => vhost_user_blk(args, persona),
         Transport::Nvme(args) => crate::serve_nvme::run(args, persona),
+        Transport::Ahci(args) => crate::serve_ahci::run(args, persona),
     }
 }
 

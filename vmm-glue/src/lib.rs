@@ -5,6 +5,7 @@ pub mod control;
 mod queue_thread;
 mod socket;
 mod sys;
+mod virtio_transport;
 
 pub mod in_process;
 pub mod pci;
