@@ -270,10 +270,16 @@ impl Guest {
     /// Plugs a disk into the running guest; gives its device there.
     #[track_caller]
     pub(crate) fn plug(&mut self, server: &Server) -> Plugged {
+        self.plug_disk(server.socket())
+    }
+
+    /// Plugs the disk behind a vhost-user socket into the running guest.
+    #[track_caller]
+    pub(crate) fn plug_disk(&mut self, socket: &Path) -> Plugged {
         let slot = self.take_slot();
         let before = self.disks();
         let chardev = format!("plugged{slot}");
-        let address = json!({"type": "unix", "data": {"path": server.socket()}});
+        let address = json!({"type": "unix", "data": {"path": socket}});
         let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
         self.monitor("chardev-add", &json!({"id": chardev, "backend": backend}));
         let device = json!({

@@ -4,9 +4,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Daemon, Workplace, platter};
+use super::{Daemon, Workplace, platter, run};
 
-/// `platter serve nvme` or `platter serve ahci`.
+/// Tells a running server what to do, with `platter ctl`; gives its answer.
+#[track_caller]
+pub(crate) fn ctl(socket: &Path, words: &[&str]) -> serde_json::Value {
+    let text = run(platter().arg("ctl").arg(socket).args(words));
+    serde_json::from_str(&text).expect("the answer is JSON")
+}
+
+/// `platter serve nvme` or `platter serve ahci`, or another device.
 #[derive(Debug)]
 pub(crate) struct FunctionServer {
     daemon: Daemon,

@@ -1,5 +1,7 @@
 //! Linux's nvme driver on controllers that `platter serve nvme` serves over vfio-user.
 
+mod commands;
+mod live;
 mod storage;
 
 use std::path::Path;
