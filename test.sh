@@ -2,7 +2,7 @@
 # The one test command. Needs a Debian machine, root (or everything in the list at `host_packages` installed) and Rust.
 #
 #   ./test.sh                  everything, as continuous integration does
-#   ./test.sh SECTION...       some of it: setup format lint docs unit differential iotests guest
+#   ./test.sh SECTION...       some of it: setup format lint docs unit differential iotests qtest guest
 #
 #   setup          installs what is missing: a compiler and Python on the machine, QEMU and a guest below .cache/lab
 #   format         cargo fmt --check
@@ -11,6 +11,7 @@
 #   unit           the tests inside the crates, their examples and doc tests, and tests/ without the sections below
 #   differential   random operations side by side with qemu-img and qemu-io, which have to agree
 #   iotests        QEMU's own test suite, with platter in the place of qemu-img and qemu-io
+#   qtest          QEMU's own device tests on Platter's device models, without an emulator
 #   guest          an unmodified Linux kernel and QEMU's vhost-user client on disks that platter serves
 #
 # Each section runs, whatever became of those before; the last line counts what passed and what failed.
@@ -18,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")" || exit 1
 lab=$PWD/.cache/lab
 logs=$PWD/.cache/test
-all_sections="setup format lint docs unit differential iotests guest"
+all_sections="setup format lint docs unit differential iotests qtest guest"
 
 # Programs that the tests need on the machine itself, and the packages that have them.
 host_packages="losetup:mount cc:gcc ld:binutils python3:python3 xz:xz-utils"
@@ -105,13 +106,17 @@ section_iotests() {
     tests/iotests/run.sh
 }
 
+section_qtest() {
+    tests/qtest/run.sh
+}
+
 section_guest() {
     cargo test --package platter --locked --no-fail-fast --test vhost_client --test guest
 }
 
 # count LOG PATTERN : the sum of the numbers before PATTERN in the summaries of test runners
 count() {
-    grep -E '^(test result:|iotests:)' "$1" | grep -oE "[0-9]+ $2" | awk '{ sum += $1 } END { print sum + 0 }'
+    grep -E '^(test result:|iotests:|qtest:)' "$1" | grep -oE "[0-9]+ $2" | awk '{ sum += $1 } END { print sum + 0 }'
 }
 
 main() {

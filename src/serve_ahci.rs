@@ -15,6 +15,7 @@ use vmm_glue::{
 };
 
 use crate::{
+    control::{self, AhciControl},
     image::{
         open::{self, OpenHow},
         spec::ImageSpec,
@@ -38,7 +39,8 @@ EXAMPLES
 A disk is IMAGE and options: format=FMT, port=N, readonly=on, lba=512|4096, physical=BYTES, serial=TEXT (at most 20
 characters), wwn=HEX (16 digits), model=TEXT (40), firmware=TEXT (8), cache=on|off (the volatile write cache that the
 guest sees). An optical drive is an ISO image, or 'empty', and port=N, serial=, model=, firmware=. Drives without port=
-take the free ports in the order disks, optical drives. Serial number and WWN of a disk are made of its path otherwise.")]
+take the free ports in the order disks, optical drives. With --control a medium is changed by
+'platter ctl PATH insert port=1 image=second.iso', and 'platter ctl PATH help' lists the rest. Serial number and WWN of a disk are made of its path otherwise.")]
 pub(crate) struct AhciArgs {
     /// The socket to listen on
     #[arg(long, value_name = "PATH")]
@@ -64,6 +66,18 @@ pub(crate) struct AhciArgs {
     /// End after the first connection
     #[arg(long)]
     once: bool,
+    /// A socket for JSON lines: media, hot plug and counters; see platter ctl
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+/// How images are opened, whenever they are.
+#[derive(Clone, Debug)]
+struct Opening {
+    direct: bool,
+    cache: Option<String>,
+    engine: Option<EngineKind>,
+    persona: Persona,
 }
 
 /// Runs the command.
@@ -90,9 +104,19 @@ pub(crate) fn run(args: &AhciArgs, persona: Persona) -> Outcome {
     };
     let function = AhciFunction::new(config, &memory, interrupts.clone()).map_err(failed)?;
     let hba = Arc::clone(function.hba());
+    let opening = Opening {
+        direct: args.direct,
+        cache: args.cache.clone(),
+        engine: args.engine,
+        persona,
+    };
     for (drive, port) in drives.iter().zip(ports) {
-        drive.plug(&hba, port, args, persona)?;
+        drive.plug(&hba, port, &opening)?;
     }
+    let _control = match &args.control {
+        Some(path) => Some(control::start(path, Arc::new(controlled(&hba, opening)))?),
+        None => None,
+    };
     let mut server = VfioUserServer::bind(&args.socket, Arc::new(function), memory, interrupts)
         .map_err(server_failed)?;
     server.once(args.once);
@@ -103,6 +127,32 @@ pub(crate) fn run(args: &AhciArgs, persona: Persona) -> Outcome {
     drop(server);
     hba.close().map_err(failed)?;
     Ok(0)
+}
+
+fn controlled(hba: &Arc<Hba>, opening: Opening) -> AhciControl {
+    let for_media = opening.clone();
+    AhciControl {
+        hba: Arc::clone(hba),
+        open: Box::new(move |image| {
+            let medium = Drive {
+                optical: true,
+                image: image.to_owned(),
+                ..Drive::default()
+            };
+            let opened = medium.open(&for_media);
+            opened.map_err(|error| error.to_string())
+        }),
+        plug: Box::new(move |hba, port, option, value| {
+            let plugged = Drive::parse(option, value).and_then(|drive| match drive.port {
+                Some(_) => Err(Failure::new(format!(
+                    "{}: expected no port= beside the port of the command",
+                    drive.text
+                ))),
+                None => drive.plug(hba, port, &opening),
+            });
+            plugged.map_err(|error| error.to_string())
+        }),
+    }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
@@ -196,41 +246,41 @@ impl Drive {
         Ok(())
     }
 
-    fn plug(&self, hba: &Hba, port: u8, args: &AhciArgs, persona: Persona) -> Result<(), Failure> {
+    fn plug(&self, hba: &Hba, port: u8, opening: &Opening) -> Result<(), Failure> {
         let named = |error: virtio_devices::Error| Failure::new(format!("{}: {error}", self.text));
         if self.optical {
             let medium = match self.image.as_str() {
                 "empty" => None,
-                _ => Some(self.open(args, persona)?),
+                _ => Some(self.open(opening)?),
             };
             return hba
                 .plug_optical(port, medium, self.optical_config())
                 .map_err(named);
         }
-        let disk = self.open(args, persona)?;
+        let disk = self.open(opening)?;
         let config = self.disk_config(&*disk);
         hba.plug_disk(port, disk, config).map_err(named)
     }
 
-    fn open(&self, args: &AhciArgs, persona: Persona) -> Result<Box<dyn AsyncDiskFile>, Failure> {
+    fn open(&self, opening: &Opening) -> Result<Box<dyn AsyncDiskFile>, Failure> {
         // What is in an optical drive is what its sectors say, and never an image format.
         let format = if self.optical {
             Some("raw")
         } else {
             self.format.as_deref()
         };
-        let spec = ImageSpec::parse(&self.image, false, format, persona)?;
+        let spec = ImageSpec::parse(&self.image, false, format, opening.persona)?;
         let mut how = OpenHow {
             read_only: self.read_only || self.optical,
-            direct: args.direct,
-            engine: args.engine,
+            direct: opening.direct,
+            engine: opening.engine,
             named_files_need_format: true,
             ..OpenHow::default()
         };
-        if let Some(mode) = &args.cache {
+        if let Some(mode) = &opening.cache {
             how.cache = open::cache_mode(mode)?;
         }
-        open::open(&spec, &how, persona)
+        open::open(&spec, &how, opening.persona)
     }
 
     fn disk_config(&self, disk: &dyn AsyncDiskFile) -> DiskConfig {

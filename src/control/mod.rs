@@ -3,6 +3,7 @@
 //! A request is `{"execute": "resize", "arguments": {"size": "2G"}}`, with an `id` that comes back if
 //! there is one. The answer is `{"return": …}`, or `{"error": "why not"}`.
 
+mod ahci;
 mod arguments;
 mod blk;
 mod counters;
@@ -13,6 +14,7 @@ use std::{path::Path, sync::Arc};
 use serde_json::{Map, Value, json};
 use vmm_glue::control::ControlSocket;
 
+pub(crate) use ahci::AhciControl;
 pub(crate) use arguments::Arguments;
 pub(crate) use blk::BlkControl;
 pub(crate) use counters::counters;

@@ -1,5 +1,5 @@
 //! Tests with a real guest: an unmodified Linux kernel with its own drivers, in QEMU with software emulation,
-//! on disks that `platter serve` serves: over vhost-user to virtio_blk, over vfio-user to nvme.
+//! on disks that `platter serve` serves: over vhost-user to virtio_blk, over vfio-user to nvme and ahci.
 //!
 //! They need the lab of `tests/lab/setup.sh` and take minutes:
 //!
@@ -14,6 +14,7 @@ mod file_system;
 mod machine;
 mod shared;
 
+mod ahci;
 mod hotplug;
 mod integrity;
 mod nvme;

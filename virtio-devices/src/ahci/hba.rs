@@ -275,7 +275,7 @@ impl Hba {
     }
 
     /// Flushes and closes the disks of all ports; their commands fail from then on. Dropping does the
-    /// same but cannot report an error.
+    /// same but cannot report an error. The workers are gone, or drained and not driven meanwhile.
     ///
     /// # Errors
     /// The first error of a disk; the others are closed all the same.
