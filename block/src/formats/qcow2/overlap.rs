@@ -251,6 +251,7 @@ impl Qcow2 {
         let run = self.refcounts.allocate(io, count, exact).await?;
         self.note_new_blocks()?;
         self.check_new(run.first, run.count)?;
+        self.grow_ahead(io, run).await;
         Ok(run)
     }
 
