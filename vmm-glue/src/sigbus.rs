@@ -118,9 +118,10 @@ extern "C" fn on_sigbus(
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO, and for SIGBUS
-    // its address field is set.
-    let address = unsafe { (*info).si_addr() } as usize;
+    // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO.
+    let fault = unsafe { &*info };
+    // SAFETY: for SIGBUS the address field is set.
+    let address = unsafe { fault.si_addr() } as usize;
     for slot in &WATCHED[..USED.load(Ordering::Acquire).min(SLOTS)] {
         let start = slot.start.load(Ordering::Acquire);
         if start == 0 || !(start..start + slot.len.load(Ordering::Relaxed)).contains(&address) {
