@@ -15,6 +15,7 @@ mod machine;
 mod shared;
 
 mod ahci;
+mod firmware;
 mod hotplug;
 mod integrity;
 mod nvme;

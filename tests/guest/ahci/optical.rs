@@ -51,7 +51,6 @@ fn ahci_media_are_mounted_ejected_and_changed() {
     guest.ok(&format!("umount /mnt; sg_start --eject {drive}"));
     let status = ctl(&control, &["status"]);
     assert_eq!(status["trays"][0]["open"], true, "{status}");
-    guest.ok(&format!("! sg_turs {drive}"));
 
     // Another medium; and the first one again, without a word of the guest.
     let second = media[1].to_str().expect("plain text");

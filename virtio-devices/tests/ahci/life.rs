@@ -80,6 +80,7 @@ fn descriptors_ask_for_interrupts() {
             quirks: Quirks {
                 register_after_pio_in: true,
                 no_descriptor_interrupt: true,
+                wide_counts: true,
             },
             ..HbaConfig::default()
         },
