@@ -152,3 +152,33 @@ impl Registers {
         self.status & (status::ERR | status::DF) != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_widened_command_keeps_its_address_and_all_of_its_count() {
+        let task = TaskFile {
+            command: opcode::WRITE_DMA,
+            count: 0x201,
+            lba: 0x12_3456,
+            device: 0x47,
+            ..TaskFile::default()
+        };
+        let wide = task.widened();
+        assert_eq!(wide.command, opcode::WRITE_DMA_EXT);
+        assert_eq!((wide.lba, wide.count16()), (0x0712_3456, 0x201));
+        // Cylinder, head and sector; a count of 0, which says 256; another command.
+        for other in [
+            TaskFile { device: 7, ..task },
+            TaskFile { count: 0, ..task },
+            TaskFile {
+                command: opcode::READ_MULTIPLE,
+                ..task
+            },
+        ] {
+            assert_eq!(other.widened(), other);
+        }
+    }
+}

@@ -127,6 +127,7 @@ pub(crate) fn nvme(
             vectors: 5,
             ..NvmeConfig::default()
         },
+        ..NvmeFunctionConfig::default()
     };
     let sink = Arc::<SlotInterrupts>::clone(&interrupts);
     let device = NvmeFunction::new(&subsystem, config, memory, sink).map_err(failed)?;
