@@ -18,7 +18,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use platter_benches::{Result, cases::CASES, memory::MemoryHost, side::Stop};
 
 /// Accesses of one iteration: whole batches.
-const BATCH: u64 = 320;
+const BATCH: u64 = 16_000;
 
 /// Maps, queues and rings: 512 bytes, 32 in flight.
 fn paths(criterion: &mut Criterion) {
