@@ -100,6 +100,7 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
         None => maintenance::format_of(&spec.path)
             .map_err(|error| cannot_open(&spec, &error, persona))?,
     };
+    open::check_options(&spec, None).map_err(Failure::new)?;
     let done = if format == Format::Qcow2 {
         maintenance::snapshot(&spec.path, action, name)
     } else {
@@ -111,7 +112,7 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
 
 fn cannot_open(spec: &ImageSpec, error: &Error, persona: Persona) -> Failure {
     let reason = open::explain(error, &spec.path, persona);
-    could_not_open(&spec.display().to_string(), &reason, persona)
+    could_not_open(&spec.display(), &reason, persona)
 }
 
 fn refuse(action: SnapshotAction, name: &str, error: &Error) -> Failure {
