@@ -17,6 +17,7 @@ use crate::{
     compare::CompareArgs,
     convert::ConvertArgs,
     create::CreateArgs,
+    ctl::CtlArgs,
     dd::DdArgs,
     docs::ManArgs,
     grumble,
@@ -70,6 +71,7 @@ enum PlatterCommand {
     Io(Box<IoArgs>),
     Bench(Box<BenchArgs>),
     Serve(ServeArgs),
+    Ctl(CtlArgs),
     /// Print completions for a shell: platter completions bash > /etc/bash_completion.d/platter
     Completions {
         /// The shell
@@ -155,6 +157,7 @@ fn run_platter(command: PlatterCommand, persona: Persona) -> Outcome {
         PlatterCommand::Io(args) => crate::io::run(&args, persona),
         PlatterCommand::Bench(args) => crate::bench::run(&args, persona),
         PlatterCommand::Serve(args) => crate::serve::run(&args, persona),
+        PlatterCommand::Ctl(args) => crate::ctl::run(&args),
         PlatterCommand::Completions { shell } => {
             crate::docs::completions(shell, &mut platter_command());
             Ok(0)

@@ -1,6 +1,6 @@
 //! `platter serve`: gives a disk to a virtual machine.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use block::io::EngineKind;
 use clap::{Args, Subcommand};
@@ -8,10 +8,12 @@ use virtio_devices::virtio_blk::VirtioBlkConfig;
 use vmm_glue::vhost_user::{StopSignals, VhostUserBlkConfig, VhostUserBlkServer};
 
 use crate::{
+    control::{self, BlkControl},
     image::{
         open::{self, OpenHow},
         spec::ImageSpec,
     },
+    serve_ahci::AhciArgs,
     serve_nvme::NvmeArgs,
     util::{
         failure::{Failure, Outcome},
@@ -30,6 +32,7 @@ pub(crate) struct ServeArgs {
 enum Transport {
     VhostUserBlk(VhostUserBlkArgs),
     Nvme(NvmeArgs),
+    Ahci(AhciArgs),
 }
 
 /// Serve a disk as a vhost-user-blk device, for any VMM that speaks vhost-user
@@ -95,6 +98,9 @@ struct VhostUserBlkArgs {
     /// End after the first connection
     #[arg(long)]
     once: bool,
+    /// A socket on which 'platter ctl' tells the running server what to do
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// The image
     #[arg(value_name = "IMAGE")]
     image: String,
@@ -105,6 +111,7 @@ pub(crate) fn run(args: &ServeArgs, persona: Persona) -> Outcome {
     match &args.transport {
         Transport::VhostUserBlk(args) => vhost_user_blk(args, persona),
         Transport::Nvme(args) => crate::serve_nvme::run(args, persona),
+        Transport::Ahci(args) => crate::serve_ahci::run(args, persona),
     }
 }
 
@@ -151,6 +158,13 @@ fn vhost_user_blk(args: &VhostUserBlkArgs, persona: Persona) -> Outcome {
         queues = args.num_queues,
         "serving vhost-user-blk"
     );
-    server.run().map_err(failed)?;
+    let control = args.control.as_deref().map(|path| {
+        let device = Arc::new(BlkControl(Arc::clone(server.device())));
+        control::start(path, device)
+    });
+    let control = control.transpose()?;
+    let served = server.run().map_err(failed);
+    drop(control);
+    served?;
     Ok(0)
 }

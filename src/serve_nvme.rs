@@ -12,6 +12,7 @@ use vmm_glue::vfio_user::{
 };
 
 use crate::{
+    control::{self, NvmeControl},
     image::{
         open::{self, OpenHow},
         spec::ImageSpec,
@@ -24,7 +25,7 @@ use crate::{
 };
 
 /// Serve disks as namespaces of an NVMe controller, for any VMM that speaks vfio-user
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(after_long_help = "\
 EXAMPLES
   A controller with one namespace, and QEMU (10.1 or newer) using it:
@@ -35,6 +36,11 @@ EXAMPLES
 
   Two controllers, each for a guest of its own, that share a namespace with reservations:
     platter serve nvme --socket a.sock --socket b.sock --namespace disk.raw,format=raw,sidecar=disk.nvme
+
+  Namespaces added, removed and resized while the guest runs:
+    platter serve nvme --socket nvme.sock --namespace disk.raw,format=raw --control nvme.ctl
+    platter ctl nvme.ctl add-namespace namespace=more.raw,format=raw
+    platter ctl nvme.ctl resize nsid=1 size=80G
 
 A namespace is IMAGE and options: format=FMT, lba=512|4096, nsid=N, readonly=on, sidecar=PATH, nguid=HEX,
 eui64=HEX, uuid=UUID. The sidecar is a file of its own that remembers what NVMe knows beyond the image: the
@@ -74,6 +80,9 @@ pub(crate) struct NvmeArgs {
     /// End after the first connection of each socket
     #[arg(long)]
     once: bool,
+    /// A socket on which 'platter ctl' tells the running server what to do
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -96,7 +105,7 @@ pub(crate) fn run(args: &NvmeArgs, persona: Persona) -> Outcome {
         let (disk, config) = namespace(args, text, persona)?;
         subsystem.add_namespace(disk, &config).map_err(failed)?;
     }
-    serve(args, &subsystem, signals)?;
+    serve(args, &subsystem, signals, persona)?;
     for namespace in subsystem.namespaces() {
         let closed = namespace.disk().close();
         closed.map_err(|error| Failure::new(error.to_string()))?;
@@ -113,8 +122,14 @@ fn seed(args: &NvmeArgs) -> String {
     path.display().to_string()
 }
 
-fn serve(args: &NvmeArgs, subsystem: &Arc<Subsystem>, signals: StopSignals) -> Result<(), Failure> {
+fn serve(
+    args: &NvmeArgs,
+    subsystem: &Arc<Subsystem>,
+    signals: StopSignals,
+    persona: Persona,
+) -> Result<(), Failure> {
     let mut servers = Vec::new();
+    let mut controllers = Vec::new();
     for socket in &args.socket {
         let interrupts = Arc::new(VfioUserInterrupts::default());
         let memory = GuestMemoryAtomic::new(VfioUserMemory::new());
@@ -128,12 +143,26 @@ fn serve(args: &NvmeArgs, subsystem: &Arc<Subsystem>, signals: StopSignals) -> R
         };
         let function = NvmeFunction::new(subsystem, config, &memory, interrupts.clone());
         let function = Arc::new(function.map_err(server_failed)?);
+        controllers.push(Arc::clone(&function));
         let mut server =
             VfioUserServer::bind(socket, function, memory, interrupts).map_err(server_failed)?;
         server.once(args.once);
         servers.push(server);
         tracing::info!(socket = %socket.display(), "serving nvme");
     }
+    // Gone before the servers are, and the disks are closed.
+    let _control = match &args.control {
+        Some(path) => {
+            let args = args.clone();
+            let control = NvmeControl {
+                subsystem: Arc::clone(subsystem),
+                controllers,
+                open: Box::new(move |text| namespace(&args, text, persona)),
+            };
+            Some(control::start(path, Arc::new(control))?)
+        }
+        None => None,
+    };
     let mut stops = Vec::new();
     for server in &servers[1..] {
         stops.push(server.stop_handle().map_err(server_failed)?);

@@ -131,6 +131,8 @@ struct Inner {
     path: Option<PathBuf>,
     offset: Option<u64>,
     message: Option<String>,
+    /// Which field, its value and what was expected, where the message does not say so itself.
+    field: Option<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -144,6 +146,7 @@ impl Error {
             path: None,
             offset: None,
             message: None,
+            field: None,
             source: None,
         }))
     }
@@ -201,6 +204,15 @@ impl Error {
         self
     }
 
+    /// The same error, naming the field, its value and what was expected. For messages whose words are
+    /// settled: they stay as [`message`](Self::message) gives them.
+    #[must_use]
+    pub fn field(mut self, field: &str, value: impl fmt::Display, expected: &str) -> Self {
+        let text = format!("field {field}: value {value}, expected {expected}");
+        self.0.field.get_or_insert(text);
+        self
+    }
+
     /// The failure to read a table. One that the file ends before is corrupt; one that the host did
     /// not read may be as good as ever.
     pub(crate) fn of_table(message: String, cause: Self) -> Self {
@@ -224,7 +236,7 @@ impl Error {
         self.0.kind
     }
 
-    /// The message alone, without operation, file and offset.
+    /// The message alone, without operation, file, offset and field.
     #[must_use]
     pub fn message(&self) -> String {
         match (&self.0.message, &self.0.source) {
@@ -262,7 +274,11 @@ impl fmt::Display for Error {
         } else if let Some(offset) = inner.offset {
             write!(f, "at offset {offset:#x}: ")?;
         }
-        f.write_str(&self.message())
+        f.write_str(&self.message())?;
+        match &inner.field {
+            Some(field) => write!(f, " ({field})"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -302,6 +318,13 @@ mod tests {
             "a.qcow2: read at offset 0x1000: Input/output error"
         );
         assert_eq!(error.kind(), ErrorKind::Io(libc::EIO));
+    }
+
+    #[test]
+    fn a_field_is_shown_and_is_no_part_of_the_message() {
+        let error = Error::unsupported("no").field("version", 2, "3");
+        assert_eq!(error.to_string(), "no (field version: value 2, expected 3)");
+        assert_eq!(error.message(), "no");
     }
 
     #[test]

@@ -25,6 +25,8 @@ const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t \
 #[derive(Debug, Default)]
 pub(crate) struct Builder {
     disks: Vec<(PathBuf, bool)>,
+    functions: Vec<PathBuf>,
+    modules: Vec<String>,
     root: Option<String>,
 }
 
@@ -38,6 +40,18 @@ impl Builder {
     /// Adds a disk whose server may go away and come back.
     pub(crate) fn disk_that_reconnects(mut self, server: &Server) -> Self {
         self.disks.push((server.socket().to_owned(), true));
+        self
+    }
+
+    /// Adds a PCI function that is there when the guest starts.
+    pub(crate) fn function(mut self, socket: &Path) -> Self {
+        self.functions.push(socket.to_owned());
+        self
+    }
+
+    /// The guest loads this kernel module before anything else.
+    pub(crate) fn module(mut self, name: &str) -> Self {
+        self.modules.push(name.to_owned());
         self
     }
 
@@ -67,7 +81,12 @@ pub(crate) struct Guest {
 }
 
 /// Hotplug slots of the machine.
-const SLOTS: usize = 4;
+const SLOTS: usize = 24;
+
+/// Device and function of a slot on the root bus: eight to a device.
+fn slot_address(slot: usize) -> String {
+    format!("{:02x}.{}", 16 + slot / 8, slot % 8)
+}
 
 impl Guest {
     /// Starts to describe a guest.
@@ -101,6 +120,9 @@ impl Guest {
         let mut command_line = KERNEL_COMMAND_LINE.to_owned();
         if let Some(device) = &builder.root {
             command_line += &format!(" root={device}");
+        }
+        if !builder.modules.is_empty() {
+            command_line += &format!(" modules={}", builder.modules.join(","));
         }
         let mut command = tool("qemu-system-x86_64");
         command
@@ -146,10 +168,15 @@ impl Guest {
                     "vhost-user-blk-pci,chardev=disk{index},num-queues=2"
                 ));
         }
+        for socket in &builder.functions {
+            let address = json!({"type": "unix", "path": socket});
+            let device = json!({"driver": "vfio-user-pci", "socket": address});
+            command.arg("-device").arg(device.to_string());
+        }
         for slot in 0..SLOTS {
             command.arg("-device").arg(format!(
-                "pcie-root-port,id=slot{slot},chassis={slot},addr={:x}",
-                16 + slot
+                "pcie-root-port,id=slot{slot},chassis={slot},multifunction=on,addr={}",
+                slot_address(slot)
             ));
         }
         command
@@ -210,13 +237,19 @@ impl Guest {
         self.monitor("set-action", &json!({"reboot": "shutdown"}));
     }
 
+    /// Expects that the kernel has seen no trouble with its disks since it was asked last.
+    #[track_caller]
+    pub(crate) fn expect_no_trouble(&mut self) {
+        let (_, trouble) = self.sh(
+            "dmesg -c | grep -Ei 'i/o error|ext4-fs error|xfs.*(corrupt|error)|blocked for more|call trace|BUG:|reset of |timeout|exception'",
+        );
+        assert_eq!(trouble, "", "the kernel complains\n{}", self.state());
+    }
+
     /// Expects that the kernel has seen no trouble with its disks, and powers the guest off.
     #[track_caller]
     pub(crate) fn finish(mut self) {
-        let (_, trouble) = self.sh(
-            "dmesg | grep -Ei 'i/o error|ext4-fs error|xfs.*(corrupt|error)|blocked for more|call trace|BUG:|reset of '",
-        );
-        assert_eq!(trouble, "", "the kernel complains\n{}", self.state());
+        self.expect_no_trouble();
         self.agent
             .stream
             .write_all(format!("{}\n", base64(b"poweroff -f")).as_bytes())
@@ -237,12 +270,16 @@ impl Guest {
     /// Plugs a disk into the running guest; gives its device there.
     #[track_caller]
     pub(crate) fn plug(&mut self, server: &Server) -> Plugged {
-        let slot = self.hotplugged;
-        assert!(slot < SLOTS, "no free slot");
-        self.hotplugged += 1;
+        self.plug_disk(server.socket())
+    }
+
+    /// Plugs the disk behind a vhost-user socket into the running guest.
+    #[track_caller]
+    pub(crate) fn plug_disk(&mut self, socket: &Path) -> Plugged {
+        let slot = self.take_slot();
         let before = self.disks();
         let chardev = format!("plugged{slot}");
-        let address = json!({"type": "unix", "data": {"path": server.socket()}});
+        let address = json!({"type": "unix", "data": {"path": socket}});
         let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
         self.monitor("chardev-add", &json!({"id": chardev, "backend": backend}));
         let device = json!({
@@ -260,6 +297,50 @@ impl Guest {
             id: chardev,
             device: format!("/dev/{}", found.expect("it was seen")),
         }
+    }
+
+    fn take_slot(&mut self) -> usize {
+        let slot = self.hotplugged;
+        assert!(slot < SLOTS, "no free slot");
+        self.hotplugged += 1;
+        slot
+    }
+
+    /// How many devices can still be plugged in.
+    pub(crate) fn free_slots(&self) -> usize {
+        SLOTS - self.hotplugged
+    }
+
+    /// Plugs a PCI function into the running guest; gives its address there, such as `0000:01:00.0`.
+    ///
+    /// QEMU cannot unplug it again if it has MSI-X, so a slot is used once.
+    #[track_caller]
+    pub(crate) fn plug_function(&mut self, socket: &Path) -> String {
+        let slot = self.take_slot();
+        let device = json!({
+            "driver": "vfio-user-pci", "id": format!("function{slot}"), "bus": format!("slot{slot}"),
+            "socket": {"type": "unix", "path": socket},
+        });
+        self.monitor("device_add", &device);
+        let bridge = format!("/sys/bus/pci/devices/0000:00:{}", slot_address(slot));
+        self.wait_for(&format!("ls {bridge} | grep '^0000:.*00.0$'"))
+    }
+
+    /// Repeats a script in the guest until it succeeds; gives what it printed then.
+    #[track_caller]
+    pub(crate) fn wait_for(&mut self, script: &str) -> String {
+        let mut last = (1, String::new());
+        let seen = wait_until(LIMIT, || {
+            last = self.sh(script);
+            last.0 == 0
+        });
+        assert!(
+            seen,
+            "in the guest this never succeeds:\n{script}\nlast it printed:\n{}\n{}",
+            last.1,
+            self.state()
+        );
+        last.1
     }
 
     /// Takes a disk away that was plugged in, with the guest's consent.

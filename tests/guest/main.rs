@@ -1,5 +1,5 @@
-//! Tests with a real guest: an unmodified Linux kernel with its own virtio_blk driver, in QEMU with
-//! software emulation, on a disk that `platter serve vhost-user-blk` serves.
+//! Tests with a real guest: an unmodified Linux kernel with its own drivers, in QEMU with software emulation,
+//! on disks that `platter serve` serves: over vhost-user to virtio_blk, over vfio-user to nvme.
 //!
 //! They need the lab of `tests/lab/setup.sh` and take minutes:
 //!
@@ -12,8 +12,10 @@ mod lab;
 
 mod file_system;
 mod machine;
+mod shared;
 
 mod hotplug;
 mod integrity;
+mod nvme;
 mod restart;
 mod root_image;

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+pub(crate) mod function;
+
 /// How long a program may run that the host runs to its end.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(300);
 
@@ -335,15 +337,82 @@ pub(crate) enum Durability {
     Restartable,
 }
 
+/// A server process and the sockets it listens on.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    process: Option<Process>,
+    sockets: Vec<PathBuf>,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// A server that does not run yet, with the sockets it will listen on and the file for its messages.
+    pub(crate) fn new(sockets: Vec<PathBuf>, log: PathBuf) -> Self {
+        Self {
+            process: None,
+            sockets,
+            log,
+        }
+    }
+
+    /// Starts it; returns when it listens on all its sockets.
+    #[track_caller]
+    pub(crate) fn start(&mut self, command: &mut Command) {
+        assert!(self.process.is_none(), "the server still runs");
+        let mut process = Process::background(command, &self.log);
+        let listening = wait_until(SERVER_LIMIT, || {
+            if let Some(status) = process.ended() {
+                panic!("{command:?} ended with {status}\n{}", process.messages());
+            }
+            self.sockets.iter().all(|socket| is_listening(socket))
+        });
+        assert!(
+            listening,
+            "{command:?} does not listen\n{}",
+            process.messages()
+        );
+        self.process = Some(process);
+    }
+
+    /// The first of its sockets.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.sockets[0]
+    }
+
+    /// What the server printed last.
+    pub(crate) fn messages(&self) -> String {
+        self.process
+            .as_ref()
+            .map_or_else(|| tail(&self.log), Process::messages)
+    }
+
+    /// Kills the server in the midst of whatever it does.
+    #[track_caller]
+    pub(crate) fn kill(&mut self) {
+        self.process.take().expect("a running server").kill();
+    }
+
+    /// Asks the server to end, and expects it to do so in order.
+    #[track_caller]
+    pub(crate) fn stop(&mut self) {
+        let mut process = self.process.take().expect("a running server");
+        process.terminate();
+        let status = process.wait(SERVER_LIMIT);
+        assert!(
+            status.success(),
+            "the server ended with {status}\n{}",
+            process.messages()
+        );
+    }
+}
+
 /// A vhost-user-blk server with two queues on one image.
 #[derive(Debug)]
 pub(crate) struct Server {
-    process: Option<Process>,
+    daemon: Daemon,
     image: PathBuf,
     format: String,
     durability: Durability,
-    socket: PathBuf,
-    log: PathBuf,
 }
 
 impl Server {
@@ -365,13 +434,12 @@ impl Server {
             .file_stem()
             .and_then(OsStr::to_str)
             .expect("a plain file name");
+        let sockets = vec![workplace.socket(&format!("{name}.sock"))];
         let mut server = Self {
-            process: None,
+            daemon: Daemon::new(sockets, workplace.socket(&format!("{name}.log"))),
             image: image.to_owned(),
             format: format.to_owned(),
             durability,
-            socket: workplace.socket(&format!("{name}.sock")),
-            log: workplace.socket(&format!("{name}.log")),
         };
         server.start_again();
         server
@@ -379,48 +447,33 @@ impl Server {
 
     /// The socket it listens on.
     pub(crate) fn socket(&self) -> &Path {
-        &self.socket
+        self.daemon.socket()
     }
 
     /// What the server printed last.
     pub(crate) fn messages(&self) -> String {
-        self.process
-            .as_ref()
-            .map_or_else(|| tail(&self.log), Process::messages)
+        self.daemon.messages()
     }
 
     /// Starts the server anew on the same image and socket, after it was killed or stopped.
     #[track_caller]
     pub(crate) fn start_again(&mut self) {
-        assert!(self.process.is_none(), "the server still runs");
         let mut command = match subject() {
             Subject::Platter => self.platter_command(),
             Subject::QemuStorageDaemon => {
                 // It refuses a socket that its predecessor left.
-                drop(fs::remove_file(&self.socket));
+                drop(fs::remove_file(self.socket()));
                 self.daemon_command()
             }
         };
-        let mut process = Process::background(&mut command, &self.log);
-        let listening = wait_until(SERVER_LIMIT, || {
-            if let Some(status) = process.ended() {
-                panic!("{command:?} ended with {status}\n{}", process.messages());
-            }
-            is_listening(&self.socket)
-        });
-        assert!(
-            listening,
-            "{command:?} does not listen\n{}",
-            process.messages()
-        );
-        self.process = Some(process);
+        self.daemon.start(&mut command);
     }
 
     fn platter_command(&self) -> Command {
         let mut command = platter();
         command
             .args(["serve", "vhost-user-blk", "--num-queues", "2", "--socket"])
-            .arg(&self.socket)
+            .arg(self.socket())
             .args(["-f", &self.format]);
         if self.durability == Durability::Restartable {
             command.arg("--restartable");
@@ -441,7 +494,7 @@ impl Server {
         let export = format!(
             "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=2,\
              addr.type=unix,addr.path={}",
-            self.socket.display()
+            self.socket().display()
         );
         let mut command = tool("qemu-storage-daemon");
         command
@@ -453,20 +506,13 @@ impl Server {
     /// Kills the server in the midst of whatever it does.
     #[track_caller]
     pub(crate) fn kill(&mut self) {
-        self.process.take().expect("a running server").kill();
+        self.daemon.kill();
     }
 
     /// Asks the server to end, and expects it to do so in order.
     #[track_caller]
     pub(crate) fn stop(&mut self) {
-        let mut process = self.process.take().expect("a running server");
-        process.terminate();
-        let status = process.wait(SERVER_LIMIT);
-        assert!(
-            status.success(),
-            "the server ended with {status}\n{}",
-            process.messages()
-        );
+        self.daemon.stop();
     }
 }
 

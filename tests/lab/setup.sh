@@ -26,9 +26,9 @@ newer=$suite-backports
 # Programs for which a wrapper is made in bin/.
 qemu_programs="qemu-system-x86_64 qemu-img qemu-io qemu-nbd qemu-storage-daemon"
 disk_programs="mke2fs e2fsck debugfs dumpe2fs mkfs.xfs xfs_repair xfs_db"
-# Of these, what goes into the guest, with the kernel modules that the guest may need.
-guest_programs="mke2fs e2fsck mkfs.xfs xfs_repair"
-guest_modules="virtio_blk xfs"
+# What goes into the guest: of these, and tools of its drivers; and the kernel modules that the guest may need.
+guest_programs="mke2fs e2fsck mkfs.xfs xfs_repair nvme hdparm smartctl sg_inq sg_readcap sg_turs sg_sat_identify sg_requests sg_start sg_verify sg_unmap sg_write_same"
+guest_modules="virtio_blk xfs nvme ahci sd_mod sr_mod sg isofs"
 
 main() {
     [ "${1:-}" != --force ] || { say "preparing everything anew, as asked"; rm -rf "$lab"; }
@@ -44,13 +44,16 @@ main() {
         local machine
         machine=$(dpkg --print-architecture)
         [ "$machine" = amd64 ] || die "the lab boots an amd64 guest with programs of the host's kind; this machine is $machine"
-        rm -rf "$lab" "$cache/lab.new"
+        rm -rf "$cache/lab.new" "$cache/lab.old"
         mkdir -p "$cache/lab.new"
         fetch "$cache/lab.new"
         unpack "$cache/lab.new"
         rm -rf "$cache/lab.new/apt"
         echo "$packages" > "$cache/lab.new/packages.stamp"
+        # What still runs from the old one goes on.
+        [ ! -e "$lab" ] || mv "$lab" "$cache/lab.old"
         mv "$cache/lab.new" "$lab"
+        rm -rf "$cache/lab.old"
     fi
     if [ "$(cat "$lab/guest.stamp" 2> /dev/null)" != "$guest" ]; then
         rm -f "$lab/guest.stamp"
@@ -63,17 +66,19 @@ main() {
 
 # fetch FOLDER : downloads the packages
 fetch() {
-    say "fetching packages of $suite and $newer (about 75 MB)"
+    say "fetching packages of $suite and $newer (about 80 MB)"
     local apt=$1/apt kernel
     debian_apt_init "$apt" deb "$suite" "$newer"
     # With everything they depend on, recommendations left out.
     retry debian_apt get install -qq -y --download-only --no-install-recommends -t "$newer" \
         qemu-system-x86 qemu-utils libblkio1 e2fsprogs liburcu8t64 libinih1 libblkid1 libedit2 cpio kmod zstd xz-utils \
+        nvme-cli sg3-utils \
         > "$apt/log" 2>&1 || die "apt could not fetch QEMU: $(tail -5 "$apt/log")"
     # Without: they would pull in an interpreter, every network protocol, or a boot loader.
     kernel=$(debian_apt cache depends "linux-image-cloud-amd64/$suite" | awk '$1 == "Depends:" && $2 ~ /^linux-image/ && !seen++ { print $2 }')
     [ -n "$kernel" ] || die "$suite has no linux-image-cloud-amd64"
-    (cd "$apt/archives" && retry debian_apt get download -qq "qemu-block-extra/$newer" "xfsprogs/$suite" "busybox-static/$suite")
+    (cd "$apt/archives" && retry debian_apt get download -qq "qemu-block-extra/$newer" "xfsprogs/$suite" "busybox-static/$suite" \
+        "hdparm/$suite" "smartmontools/$suite" "libcap-ng0/$suite")
     mkdir -p "$apt/reference" "$apt/kernel"
     (cd "$apt/reference" && retry debian_apt get download -qq "qemu-utils/$suite")
     (cd "$apt/kernel" && retry debian_apt get download -qq "$kernel/$suite")
@@ -166,6 +171,8 @@ build_guest() {
     cp "$here/guest/agent" "$root/bin/agent"
     for program in $guest_programs; do
         local path=$lab/root/usr/sbin/$program
+        [ -e "$path" ] || path=$lab/root/usr/bin/$program
+        [ -e "$path" ] || die "the packages hold no program $program for the guest"
         cp "$path" "$root/usr/sbin/$program"
         "$lib/ld-linux-x86-64.so.2" --library-path "$lib" --list "$path" | awk '$2 == "=>" && $1 !~ "/" { print $1, $3 }' |
             while read -r name library; do

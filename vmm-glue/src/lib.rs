@@ -1,9 +1,11 @@
 //! Ways to put Platter's devices in front of a guest: a vhost-user server for any VMM, and
 //! adapters for VMMs that embed them.
 
+pub mod control;
 mod queue_thread;
 mod socket;
 mod sys;
+mod virtio_transport;
 
 pub mod in_process;
 pub mod pci;

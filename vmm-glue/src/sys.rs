@@ -3,10 +3,12 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     ptr::NonNull,
     time::{Duration, Instant},
 };
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// The seals that keep a mapping of the file valid for good.
 pub(crate) const FIXED_SIZE: i32 = libc::F_SEAL_SHRINK;
@@ -60,6 +62,13 @@ pub(crate) fn event() -> io::Result<File> {
     let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
     // SAFETY: the call above made this descriptor, and nobody else has it.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// An eventfd of somebody else as a file of our own.
+pub(crate) fn duplicate(event: &EventFd) -> io::Result<File> {
+    let copy = event.try_clone()?;
+    // SAFETY: the descriptor was just made and `into_raw_fd` gives it away.
+    Ok(unsafe { File::from_raw_fd(copy.into_raw_fd()) })
 }
 
 /// Adds one to an eventfd. One that is at its end has been told often enough.

@@ -2,19 +2,20 @@
 //! reset over the socket.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod vfio_client;
+
 use std::{
-    fs::File,
     io::{Read, Write},
     os::{
-        fd::{AsRawFd, FromRawFd},
+        fd::AsRawFd,
         unix::{fs::FileExt, net::UnixStream},
     },
-    path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
+use vfio_client::{BASE, Client};
 use virtio_devices::{
     nvme::{NamespaceConfig, NvmeConfig, Subsystem, SubsystemConfig},
     testing::{MockDisk, MockDiskConfig},
@@ -24,23 +25,7 @@ use vmm_glue::vfio_user::{
     NvmeFunction, NvmeFunctionConfig, StopHandle, VfioUserInterrupts, VfioUserMemory,
     VfioUserServer,
 };
-use vmm_sys_util::{
-    eventfd::{EFD_NONBLOCK, EventFd},
-    sock_ctrl_msg::ScmSocket,
-};
-
-const MEMORY: u64 = 4 << 20;
-const BASE: u64 = 0x1_0000_0000;
-
-fn memfd() -> File {
-    // SAFETY: the name is a NUL-terminated string.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: the call above made this descriptor, and nobody else has it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(MEMORY).unwrap();
-    file
-}
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 struct Server {
     disk: MockDisk,
@@ -93,106 +78,16 @@ impl Drop for Server {
     }
 }
 
-struct Client {
-    socket: UnixStream,
-    next: u16,
-    memory: File,
+/// The driver of an NVMe controller.
+trait Nvme {
+    fn enable(&mut self);
+    /// Posts entry `index` of a queue and waits for its completion; returns the status field.
+    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16;
+    fn create_queues(&mut self);
+    fn transfer(&mut self, index: u64, opcode: u32) -> u16;
 }
 
-impl Client {
-    fn connect(path: &Path) -> Self {
-        let socket = UnixStream::connect(path).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        let mut client = Self {
-            socket,
-            next: 0,
-            memory: memfd(),
-        };
-        let mut body = vec![0; 4];
-        body.extend_from_slice(b"{\"capabilities\":{}}\0");
-        let answer = client.call(1, &body, &[]).unwrap();
-        assert!(answer[4..].starts_with(b"{\"capabilities\":"));
-        client
-    }
-
-    fn send(&mut self, command: u16, body: &[u8], fds: &[i32], flags: u32) {
-        self.next += 1;
-        let mut bytes = Vec::new();
-        bytes.extend_from_slice(&self.next.to_ne_bytes());
-        bytes.extend_from_slice(&command.to_ne_bytes());
-        bytes.extend_from_slice(&(16 + body.len() as u32).to_ne_bytes());
-        bytes.extend_from_slice(&flags.to_ne_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(body);
-        let sent = self.socket.send_with_fds(&[bytes.as_slice()], fds).unwrap();
-        assert_eq!(sent, bytes.len());
-    }
-
-    fn call(&mut self, command: u16, body: &[u8], fds: &[i32]) -> Result<Vec<u8>, u32> {
-        self.send(command, body, fds, 0);
-        let mut header = [0; 16];
-        self.socket.read_exact(&mut header).unwrap();
-        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        assert_eq!(header[..2], self.next.to_ne_bytes());
-        let mut answer = vec![0; word(4) as usize - 16];
-        self.socket.read_exact(&mut answer).unwrap();
-        assert_eq!(word(8) & 15, 1);
-        if word(8) & 1 << 5 != 0 {
-            return Err(word(12));
-        }
-        Ok(answer)
-    }
-
-    fn words(&mut self, command: u16, words: &[u32], fds: &[i32]) -> Result<Vec<u8>, u32> {
-        let body: Vec<u8> = words.iter().flat_map(|it| it.to_ne_bytes()).collect();
-        self.call(command, &body, fds)
-    }
-
-    fn map(&mut self) {
-        let mut body: Vec<u8> = [32_u32, 3].iter().flat_map(|it| it.to_ne_bytes()).collect();
-        for value in [0, BASE, MEMORY] {
-            body.extend_from_slice(&value.to_ne_bytes());
-        }
-        let fd = self.memory.as_raw_fd();
-        self.call(2, &body, &[fd]).unwrap();
-    }
-
-    fn unmap(&mut self) -> Result<Vec<u8>, u32> {
-        let mut body: Vec<u8> = [24_u32, 0].iter().flat_map(|it| it.to_ne_bytes()).collect();
-        body.extend_from_slice(&BASE.to_ne_bytes());
-        body.extend_from_slice(&MEMORY.to_ne_bytes());
-        self.call(3, &body, &[])
-    }
-
-    fn access(offset: u64, region: u32, count: u32) -> Vec<u8> {
-        let mut body = offset.to_ne_bytes().to_vec();
-        body.extend_from_slice(&region.to_ne_bytes());
-        body.extend_from_slice(&count.to_ne_bytes());
-        body
-    }
-
-    fn read(&mut self, region: u32, offset: u64) -> u32 {
-        let answer = self.call(9, &Self::access(offset, region, 4), &[]).unwrap();
-        u32::from_ne_bytes(answer[16..20].try_into().unwrap())
-    }
-
-    /// A posted write, as QEMU's are.
-    fn write(&mut self, offset: u64, value: u32) {
-        let mut body = Self::access(offset, 0, 4);
-        body.extend_from_slice(&value.to_ne_bytes());
-        self.send(10, &body, &[], 1 << 4);
-    }
-
-    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
-        let started = Instant::now();
-        while !done(self) {
-            assert!(started.elapsed() < Duration::from_secs(20), "{what}");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
+impl Nvme for Client {
     fn enable(&mut self) {
         self.memory.write_all_at(&[0; 0x4000], 0).unwrap();
         self.write(0x24, 0x000f_000f);
@@ -204,7 +99,6 @@ impl Client {
         self.until("ready", |it| it.read(0, 0x1c) & 1 != 0);
     }
 
-    /// Posts entry `index` of a queue and waits for its completion; returns the status field.
     fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16 {
         let mut entry = [0; 64];
         for (at, value) in dwords {

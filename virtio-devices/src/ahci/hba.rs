@@ -272,6 +272,22 @@ impl Hba {
         Ok(())
     }
 
+    /// Flushes and closes the disks of all ports; their commands fail from then on. Dropping does the
+    /// same but cannot report an error.
+    ///
+    /// # Errors
+    /// The first error of a disk; the others are closed all the same.
+    pub fn close(&self) -> Result<()> {
+        let mut result = Ok(());
+        for index in 0..u32::from(self.config().ports) {
+            let port = self.shared.port(index);
+            if let Some(disk) = port.drive.as_ref().and_then(|drive| drive.disk.as_ref()) {
+                result = result.and(disk.close());
+            }
+        }
+        Ok(result?)
+    }
+
     fn plug(&self, index: u32, drive: Option<Drive>) {
         let mut port = self.shared.port(index);
         port.plug(drive);

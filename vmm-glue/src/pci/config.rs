@@ -1,5 +1,5 @@
-//! The configuration space of a function: header type 0, and capabilities for power management, MSI,
-//! MSI-X and PCI Express.
+//! The configuration space of a function: header type 0, capabilities for power management, MSI,
+//! MSI-X and PCI Express, and those that the function brings.
 
 use super::{Bar, Description};
 
@@ -12,6 +12,7 @@ const BARS: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_PIN: usize = 0x3d;
 
+const COMMAND_IO: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
 const COMMAND_NO_LINE: u16 = 1 << 10;
@@ -26,7 +27,7 @@ const ID_MSIX: u8 = 0x11;
 /// What a write to the space changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// A BAR, or whether memory accesses are decoded.
+    /// A BAR, or whether accesses to memory or to ports are decoded.
     pub memory: bool,
     /// MSI-X, MSI or the line were switched on or off, or masked.
     pub interrupts: bool,
@@ -49,7 +50,7 @@ pub struct MsiMessage {
 
 /// What a bus has to act on.
 struct Facts {
-    memory: (bool, Vec<u64>),
+    memory: (bool, bool, Vec<u64>),
     interrupts: (bool, bool, Option<MsiMessage>, bool),
 }
 
@@ -59,6 +60,8 @@ pub struct ConfigSpace {
     bytes: Vec<u8>,
     /// Bits that the guest may change.
     writable: Vec<u8>,
+    /// Values that a reset puts back where they are not zero.
+    initial: Vec<(usize, u8)>,
     bars: Vec<Bar>,
     msi: Option<usize>,
     msix: Option<usize>,
@@ -72,6 +75,7 @@ impl ConfigSpace {
         let mut space = Self {
             bytes: vec![0; SIZE],
             writable: vec![0; SIZE],
+            initial: Vec::new(),
             bars: description.bars.clone(),
             msi: None,
             msix: None,
@@ -83,10 +87,9 @@ impl ConfigSpace {
         space.put(0x08, &[description.revision, interface, sub, base]);
         space.set16(0x2c, description.subsystem.0);
         space.set16(0x2e, description.subsystem.1);
-        space.allow16(
-            COMMAND,
-            COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_LINE | 1 << 6 | 1 << 8,
-        );
+        // Parity and system errors can be enabled, and never happen.
+        let command = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_LINE;
+        space.allow16(COMMAND, command | 1 << 6 | 1 << 8);
         space.allow(0x0c, &[0xff]);
         space.allow(0x3c, &[0xff]);
         space.put(INTERRUPT_PIN, &[u8::from(description.line)]);
@@ -100,7 +103,7 @@ impl ConfigSpace {
     fn add_bar(&mut self, bar: &Bar) {
         let at = BARS + 4 * usize::from(bar.index);
         let mask = !(bar.size.max(16) - 1);
-        self.put(at, &[if bar.wide { 4 } else { 0 }]);
+        self.put(at, &[u8::from(bar.io) | u8::from(bar.wide) << 2]);
         let mask = mask.to_le_bytes();
         self.allow(at, &[mask[0] & 0xf0, mask[1], mask[2], mask[3]]);
         if bar.wide {
@@ -108,10 +111,23 @@ impl ConfigSpace {
         }
     }
 
+    /// Adds the capabilities, in the places that the registers leave. MSI is the first, as with ICH9.
     fn add_capabilities(&mut self, description: &Description) {
+        let mut taken = vec![false; 256];
+        for registers in &description.registers {
+            for (at, (value, mask)) in (usize::from(registers.at)..256).zip(&registers.bytes) {
+                taken[at] = true;
+                self.put(at, &[*value]);
+                self.allow(at, &[*mask]);
+                self.initial.push((at, *value));
+            }
+        }
         let mut at = 0x40;
         let mut link = CAPABILITIES;
         let mut add = |space: &mut Self, id: u8, len: usize| {
+            while taken[at..at + len].contains(&true) {
+                at += 8;
+            }
             let start = at;
             space.put(link, &[start as u8]);
             space.put(start, &[id]);
@@ -119,17 +135,6 @@ impl ConfigSpace {
             at += len.next_multiple_of(8);
             start
         };
-        let power = add(self, ID_POWER, 8);
-        // Version 3, D0 and D3hot, no state is lost.
-        self.set16(power + 2, 3);
-        self.set16(power + 4, 1 << 3);
-        self.allow16(power + 4, 3);
-        let express = add(self, ID_EXPRESS, 0x3c);
-        // Version 2, a root complex integrated endpoint; function-level reset.
-        self.set16(express + 2, 2 | 9 << 4);
-        self.put(express + 4, &(1_u32 << 15 | 1 << 28).to_le_bytes());
-        self.allow16(express + 8, 0xffff);
-        self.express = express;
         if description.msi > 0 {
             let msi = add(self, ID_MSI, 24);
             let log = u16::from(description.msi.max(1).ilog2() as u8).min(5);
@@ -141,6 +146,17 @@ impl ConfigSpace {
             self.allow(msi + 16, &[0xff; 4]);
             self.msi = Some(msi);
         }
+        let power = add(self, ID_POWER, 8);
+        // Version 3, D0 and D3hot, no state is lost.
+        self.set16(power + 2, 3);
+        self.set16(power + 4, 1 << 3);
+        self.allow16(power + 4, 3);
+        let express = add(self, ID_EXPRESS, 0x3c);
+        // Version 2, a root complex integrated endpoint; function-level reset.
+        self.set16(express + 2, 2 | 9 << 4);
+        self.put(express + 4, &(1_u32 << 15 | 1 << 28).to_le_bytes());
+        self.allow16(express + 8, 0xffff);
+        self.express = express;
         if let Some(table) = description.msix {
             let msix = add(self, ID_MSIX, 12);
             self.set16(msix + 2, table.vectors.max(1) - 1);
@@ -149,6 +165,11 @@ impl ConfigSpace {
             self.put(msix + 4, &place(table.table));
             self.put(msix + 8, &place(table.pending));
             self.msix = Some(msix);
+        }
+        for capability in &description.capabilities {
+            let start = add(self, capability.id, 2 + capability.bytes.len());
+            self.put(start + 2, &capability.bytes);
+            self.allow(start + 2, &capability.writable);
         }
         self.set16(STATUS, STATUS_CAPABILITIES);
     }
@@ -189,7 +210,7 @@ impl ConfigSpace {
     fn facts(&self) -> Facts {
         let bars = self.bars.iter().map(|bar| self.address(bar)).collect();
         Facts {
-            memory: (self.decodes_memory(), bars),
+            memory: (self.decodes_memory(), self.decodes_io(), bars),
             interrupts: (
                 self.msix_enabled(),
                 self.msix_masked(),
@@ -204,11 +225,23 @@ impl ConfigSpace {
         for (byte, mask) in self.bytes.iter_mut().zip(&self.writable) {
             *byte &= !mask;
         }
+        for (at, value) in &self.initial {
+            self.bytes[*at] = *value;
+        }
+    }
+
+    /// The capabilities with a number: where what follows the number and the link begins.
+    pub fn capabilities(&self, id: u8) -> impl Iterator<Item = usize> + '_ {
+        let next = |at: usize| (at != 0).then_some(at);
+        let first = next(usize::from(self.bytes[CAPABILITIES]));
+        let all = std::iter::successors(first, move |at| next(usize::from(self.bytes[at + 1])));
+        all.filter(move |at| self.bytes[*at] == id).map(|at| at + 2)
     }
 
     fn address(&self, bar: &Bar) -> u64 {
         let at = BARS + 4 * usize::from(bar.index);
-        let low = u64::from(self.get32(at) & !15);
+        let flags = if bar.io { 3 } else { 15 };
+        let low = u64::from(self.get32(at) & !flags);
         if bar.wide {
             low | u64::from(self.get32(at + 4)) << 32
         } else {
@@ -227,6 +260,12 @@ impl ConfigSpace {
     #[must_use]
     pub fn decodes_memory(&self) -> bool {
         self.get16(COMMAND) & COMMAND_MEMORY != 0
+    }
+
+    /// Whether accesses to BARs in I/O space are decoded.
+    #[must_use]
+    pub fn decodes_io(&self) -> bool {
+        self.get16(COMMAND) & COMMAND_IO != 0
     }
 
     /// Whether the function may access memory.
@@ -315,7 +354,7 @@ impl ConfigSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::Msix;
+    use crate::pci::{Capability, Msix, Registers};
 
     fn space() -> ConfigSpace {
         ConfigSpace::new(&Description {
@@ -324,16 +363,9 @@ mod tests {
             class: [1, 8, 2],
             revision: 3,
             bars: vec![
-                Bar {
-                    index: 0,
-                    size: 0x4000,
-                    wide: true,
-                },
-                Bar {
-                    index: 4,
-                    size: 0x1000,
-                    wide: false,
-                },
+                Bar::memory(0, 0x4000, true),
+                Bar::memory(4, 0x1000, false),
+                Bar::io(5, 32),
             ],
             msix: Some(Msix {
                 vectors: 17,
@@ -343,6 +375,15 @@ mod tests {
             }),
             msi: 4,
             line: true,
+            capabilities: vec![Capability {
+                id: 9,
+                bytes: vec![8, 1, 2, 3, 4, 5],
+                writable: vec![0, 0, 0xf0],
+            }],
+            registers: vec![Registers {
+                at: 0x92,
+                bytes: vec![(0x3f, 0x3f), (1, 0)],
+            }],
         })
     }
 
@@ -378,7 +419,35 @@ mod tests {
             at = entry >> 8 & 0xff;
             assert!(ids.len() < 8);
         }
-        assert_eq!(ids, [ID_POWER, ID_EXPRESS, ID_MSI, ID_MSIX]);
+        assert_eq!(ids, [ID_MSI, ID_POWER, ID_EXPRESS, ID_MSIX, 9]);
+        let own: Vec<usize> = space.capabilities(9).collect();
+        assert_eq!(get32(&space, own[0] as u64), 0x0302_0108);
+        assert_eq!(own.len(), 1);
+    }
+
+    #[test]
+    fn registers_of_the_device_keep_their_place_and_come_back() {
+        let mut space = space();
+        assert_eq!(get32(&space, 0x90) >> 16, 0x013f);
+        space.write(0x92, &[0, 0]);
+        assert_eq!(get32(&space, 0x90) >> 16, 0x0100);
+        let own = space.capabilities(9).next().unwrap() as u64;
+        space.write(own, &[0xff; 6]);
+        assert_eq!(get32(&space, own), 0x03f2_0108);
+        space.reset();
+        assert_eq!(get32(&space, 0x90) >> 16, 0x013f);
+    }
+
+    #[test]
+    fn ports_are_decoded_beside_memory() {
+        let mut space = space();
+        assert_eq!(get32(&space, 0x24), 1);
+        space.write(0x24, &[0xff; 4]);
+        assert_eq!(get32(&space, 0x24), 0xffff_ffe1);
+        space.write(0x24, &0xc040_u32.to_le_bytes());
+        assert!(space.write(4, &[1, 0]).memory);
+        assert!(space.decodes_io() && !space.decodes_memory());
+        assert_eq!(space.bar_address(5), Some(0xc040));
     }
 
     #[test]

@@ -7,11 +7,19 @@
 //!  ConfigSpace   MsixTable     PciFunction (one for each device model)
 //! ```
 
+mod ahci;
 mod config;
 mod msix;
+mod slot;
+mod threads;
+mod virtio;
 
+pub use ahci::{AhciFunction, AhciFunctionConfig};
 pub use config::{Changes, ConfigSpace, MsiMessage};
 pub use msix::{MsixMessage, MsixTable};
+pub use slot::{BusSignals, PciSlot, SlotInterrupts};
+pub(crate) use threads::WorkerThreads;
+pub use virtio::{VirtioPciBlk, VirtioPciConfig};
 
 /// A base address register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +30,52 @@ pub struct Bar {
     pub size: u64,
     /// It may be above 4 GiB.
     pub wide: bool,
+    /// It is in I/O space; such a one is never wide and has at most 256 bytes.
+    pub io: bool,
+}
+
+impl Bar {
+    /// One in memory space, of `size` bytes rounded up to a power of two.
+    #[must_use]
+    pub fn memory(index: u8, size: u64, wide: bool) -> Self {
+        Self {
+            index,
+            size: size.next_power_of_two().max(16),
+            wide,
+            io: false,
+        }
+    }
+
+    /// One of `size` bytes in I/O space.
+    #[must_use]
+    pub fn io(index: u8, size: u64) -> Self {
+        Self {
+            index,
+            size: size.next_power_of_two().clamp(16, 256),
+            wide: false,
+            io: true,
+        }
+    }
+}
+
+/// A capability that only some functions have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// Its number.
+    pub id: u8,
+    /// What follows the number and the link.
+    pub bytes: Vec<u8>,
+    /// The bits of `bytes` that the guest may change; what is missing it may not.
+    pub writable: Vec<u8>,
+}
+
+/// Registers of the device's own in the configuration space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// Their place, 40h to FFh.
+    pub at: u8,
+    /// Their values after a reset, and the bits that the guest may change.
+    pub bytes: Vec<(u8, u8)>,
 }
 
 /// Where the MSI-X table of a function is.
@@ -56,6 +110,10 @@ pub struct Description {
     pub msi: u8,
     /// Whether it has an interrupt line (INTA).
     pub line: bool,
+    /// Capabilities besides power management, MSI, MSI-X and PCI Express.
+    pub capabilities: Vec<Capability>,
+    /// Registers outside of capabilities.
+    pub registers: Vec<Registers>,
 }
 
 /// A device model as a function on a PCI bus. Every method may be called from any thread.
@@ -77,4 +135,14 @@ pub trait PciFunction: Send + Sync {
 
     /// Whether the reset is over and nothing of the guest's memory is in use.
     fn is_idle(&self) -> bool;
+}
+
+/// A PCI function whose threads can be held while guest memory is exchanged.
+pub trait PausableFunction: PciFunction {
+    /// Returns when nothing of guest memory is in use, and keeps it so until
+    /// [`resume`](Self::resume).
+    fn pause(&self);
+
+    /// Goes on with the memory that is there now.
+    fn resume(&self);
 }

@@ -22,9 +22,9 @@ pub use interrupts::VfioUserInterrupts;
 pub use memory::{VfioUserMemory, VfioUserRegion};
 pub use nvme::{NvmeFunction, NvmeFunctionConfig};
 
-use crate::{pci::PciFunction, socket::Listening, sys};
+use crate::{socket::Listening, sys};
 
-pub use crate::vhost_user::StopSignals;
+pub use crate::{pci::PausableFunction, vhost_user::StopSignals};
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -47,16 +47,6 @@ pub enum Error {
     /// The device.
     #[error(transparent)]
     Device(#[from] virtio_devices::Error),
-}
-
-/// A PCI function whose threads can be held while guest memory is exchanged.
-pub trait PausableFunction: PciFunction {
-    /// Returns when nothing of guest memory is in use, and keeps it so until
-    /// [`resume`](Self::resume).
-    fn pause(&self);
-
-    /// Goes on with the memory that is there now.
-    fn resume(&self);
 }
 
 /// A server on one socket, for one client at a time.

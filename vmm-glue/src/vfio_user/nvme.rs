@@ -1,14 +1,6 @@
 //! An NVMe controller as a PCI function, with a thread for each of its workers.
 
-use std::{
-    fs::File,
-    os::fd::AsFd,
-    sync::{
-        Arc, Mutex, PoisonError,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread::{self, JoinHandle},
-};
+use std::{fs::File, sync::Arc};
 
 use virtio_devices::{
     MemorySource, VectorInterrupt,
@@ -16,10 +8,7 @@ use virtio_devices::{
 };
 
 use super::{Error, PausableFunction};
-use crate::{
-    pci::{Bar, Description, Msix, PciFunction},
-    sys,
-};
+use crate::pci::{Bar, Description, Msix, PciFunction, WorkerThreads};
 
 /// How the function is made.
 #[derive(Clone, Debug, Default)]
@@ -28,31 +17,10 @@ pub struct NvmeFunctionConfig {
     pub controller: NvmeConfig,
 }
 
-/// What a worker's thread is told.
-enum Order {
-    Pause(Sender<()>),
-    Resume,
-}
-
-struct Seat {
-    orders: Option<Sender<Order>>,
-    wake: File,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Seat {
-    fn tell(&self, order: Order) {
-        if let Some(orders) = &self.orders {
-            let _ = orders.send(order);
-        }
-        let _ = sys::signal(&self.wake);
-    }
-}
-
 /// An NVMe controller on a PCI bus.
 pub struct NvmeFunction {
     controller: Arc<NvmeController>,
-    seats: Mutex<Vec<Seat>>,
+    threads: WorkerThreads,
 }
 
 impl NvmeFunction {
@@ -69,41 +37,24 @@ impl NvmeFunction {
         let controller = NvmeController::new(subsystem, config.controller, interrupts)?;
         // The line, until the guest enables messages.
         controller.use_messages(false);
-        let function = Self {
-            controller: Arc::new(controller),
-            seats: Mutex::default(),
-        };
-        for index in 0..function.controller.workers() {
-            let seat = function.start(index, memory.clone())?;
-            function.seats().push(seat);
+        let controller = Arc::new(controller);
+        let threads = WorkerThreads::default();
+        for index in 0..controller.workers() {
+            let Some(kick) = controller.kick(index) else {
+                continue;
+            };
+            let kick = File::from(kick.try_clone_to_owned()?);
+            let name = if index == 0 {
+                "nvme-admin".to_owned()
+            } else {
+                format!("nvme-q{index}")
+            };
+            let (worker, memory) = (Arc::clone(&controller), memory.clone());
+            threads.start(name, kick, move || worker.worker(index, memory))?;
         }
-        Ok(function)
-    }
-
-    fn seats(&self) -> std::sync::MutexGuard<'_, Vec<Seat>> {
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn start<S: MemorySource + Send + 'static>(
-        &self,
-        index: usize,
-        memory: S,
-    ) -> Result<Seat, Error> {
-        let (orders, inbox) = channel();
-        let wake = sys::event()?;
-        let (stop, controller) = (wake.try_clone()?, Arc::clone(&self.controller));
-        let name = if index == 0 {
-            "nvme-admin".to_owned()
-        } else {
-            format!("nvme-q{index}")
-        };
-        let thread = thread::Builder::new()
-            .name(name)
-            .spawn(move || work(&controller, index, memory, &stop, &inbox))?;
-        Ok(Seat {
-            orders: Some(orders),
-            wake,
-            thread: Some(thread),
+        Ok(Self {
+            controller,
+            threads,
         })
     }
 
@@ -111,62 +62,6 @@ impl NvmeFunction {
     #[must_use]
     pub fn controller(&self) -> &NvmeController {
         &self.controller
-    }
-}
-
-/// A worker's thread.
-fn work<S: MemorySource>(
-    controller: &NvmeController,
-    index: usize,
-    memory: S,
-    stop: &File,
-    inbox: &Receiver<Order>,
-) {
-    let (Ok(mut worker), Some(kick)) = (controller.worker(index, memory), controller.kick(index))
-    else {
-        return;
-    };
-    loop {
-        if let Err(error) = worker.run(kick, stop.as_fd()) {
-            tracing::error!(index, %error, "the worker has stopped");
-            let _ = sys::poll([(stop.as_fd(), libc::POLLIN)], None);
-        }
-        // An order is sent before the descriptor is written.
-        sys::clear(stop);
-        loop {
-            match inbox.recv() {
-                Ok(Order::Pause(done)) => {
-                    if let Err(error) = worker.settle() {
-                        tracing::error!(index, %error, "the worker cannot be paused");
-                    }
-                    let _ = done.send(());
-                }
-                Ok(Order::Resume) => break,
-                Err(_) => {
-                    if let Err(error) = worker.settle() {
-                        tracing::error!(index, %error, "the worker cannot be ended");
-                    }
-                    return;
-                }
-            }
-        }
-    }
-}
-
-impl Drop for NvmeFunction {
-    fn drop(&mut self) {
-        let mut seats = std::mem::take(&mut *self.seats());
-        for seat in &mut seats {
-            drop(seat.orders.take());
-            let _ = sys::signal(&seat.wake);
-        }
-        for seat in &mut seats {
-            if let Some(thread) = seat.thread.take()
-                && thread.join().is_err()
-            {
-                tracing::error!("a worker's thread panicked");
-            }
-        }
     }
 }
 
@@ -184,20 +79,8 @@ impl PciFunction for NvmeFunction {
             class: [0x01, 0x08, 0x02],
             revision: 1,
             bars: vec![
-                Bar {
-                    index: 0,
-                    size: self
-                        .controller
-                        .register_bytes()
-                        .next_power_of_two()
-                        .max(0x4000),
-                    wide: true,
-                },
-                Bar {
-                    index: MSIX_BAR,
-                    size: u64::from(table + 4096).next_power_of_two(),
-                    wide: false,
-                },
+                Bar::memory(0, self.controller.register_bytes().max(0x4000), true),
+                Bar::memory(MSIX_BAR, u64::from(table + 4096), false),
             ],
             msix: Some(Msix {
                 vectors: config.vectors,
@@ -207,6 +90,8 @@ impl PciFunction for NvmeFunction {
             }),
             msi: 0,
             line: true,
+            capabilities: Vec::new(),
+            registers: Vec::new(),
         }
     }
 
@@ -238,21 +123,10 @@ impl PciFunction for NvmeFunction {
 
 impl PausableFunction for NvmeFunction {
     fn pause(&self) {
-        let seats = self.seats();
-        let (sender, done) = channel();
-        for seat in seats.iter() {
-            seat.tell(Order::Pause(sender.clone()));
-        }
-        drop(sender);
-        // Ends when each has answered, or is gone.
-        while done.recv().is_ok() {}
+        self.threads.pause();
     }
 
     fn resume(&self) {
-        for seat in self.seats().iter() {
-            if let Some(orders) = &seat.orders {
-                let _ = orders.send(Order::Resume);
-            }
-        }
+        self.threads.resume();
     }
 }

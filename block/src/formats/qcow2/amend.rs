@@ -53,17 +53,19 @@ impl AmendOptions {
                 return invalid("Refcount width must be a power of two and may not exceed 64 bits");
             }
             if bits != 16 && version < 3 {
-                return invalid(
+                return Err(Error::invalid_argument(
                     "Refcount widths other than 16 bits require compatibility level 1.1 or above \
                      (use compat=1.1 or greater)",
-                );
+                )
+                .field("refcount_bits", bits, "16 with version 2"));
             }
         }
         if self.lazy_refcounts == Some(true) && version < 3 {
-            return invalid(
+            return Err(Error::invalid_argument(
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use \
                  compat=1.1 or greater)",
-            );
+            )
+            .field("lazy_refcounts", "on", "off with version 2"));
         }
         if self.data_file.is_some() && !header.has(Incompatible::DATA_FILE) {
             return invalid("data-file can only be set for images that use an external data file");
@@ -148,11 +150,20 @@ pub async fn downgrade(io: &Io, file: FileId, step: &mut dyn FnMut(u64, u64)) ->
 /// [`InvalidArgument`](crate::ErrorKind::InvalidArgument), in QEMU's words.
 fn check_downgrade(header: &Header, snapshots: &SnapshotTable) -> Result<()> {
     let refuse = |message: String| Err(Error::invalid_argument(message));
+    let with_features = |error: Error| {
+        error.field(
+            "incompatible_features",
+            format_args!("{:#x}", header.incompatible_features.0),
+            "0 for version 2",
+        )
+    };
     if header.has(Incompatible::DATA_FILE) {
-        return refuse("Cannot downgrade an image with a data file".into());
+        return refuse("Cannot downgrade an image with a data file".into()).map_err(with_features);
     }
     if header.refcount_order != 4 {
-        return refuse("compat=0.10 requires refcount_bits=16".into());
+        let error = Error::invalid_argument("compat=0.10 requires refcount_bits=16");
+        let expected = "4 for version 2";
+        return Err(error.field("refcount_order", header.refcount_order, expected));
     }
     let mut features = header.incompatible_features;
     features.remove(Incompatible::DIRTY);
@@ -160,7 +171,8 @@ fn check_downgrade(header: &Header, snapshots: &SnapshotTable) -> Result<()> {
         return refuse(format!(
             "Cannot downgrade an image with incompatible features {:#x} set",
             features.0
-        ));
+        ))
+        .map_err(with_features);
     }
     // The size of the disk at a snapshot, and a large VM state, are extra data that an implementation
     // of version 2 may not look at.

@@ -272,8 +272,9 @@ impl Qcow2 {
     fn before_partial_compressed(&self, slice: &WritePin, run: GuestRange) -> Result<GuestRange> {
         let (first, stop) = self.geometry.touched(run);
         for cluster in [first, stop.saturating_sub(1)] {
-            let part = self.units_of(run, cluster);
-            if !part.contain(self.geometry.all_units())
+            if !self
+                .units_of(run, cluster)
+                .contain(self.disk_units(cluster))
                 && matches!(self.read_entry(slice, cluster)?, Entry::Compressed(_))
             {
                 let start = self.geometry.start(cluster).max(run.start.0);
@@ -281,6 +282,17 @@ impl Qcow2 {
             }
         }
         Ok(run)
+    }
+
+    /// The units of a cluster that are part of the disk; all where none is, as with VM state.
+    fn disk_units(&self, cluster: u64) -> Units {
+        let start = self.geometry.start(cluster);
+        match self.size.load(Ordering::Acquire).checked_sub(start) {
+            None | Some(0) => self.geometry.all_units(),
+            Some(rest) => self
+                .geometry
+                .units(0, rest.min(self.geometry.cluster_size())),
+        }
     }
 
     /// The units of a cluster that lie in a run.
@@ -308,9 +320,15 @@ impl Qcow2 {
         if becomes == Becomes::Gone {
             return (raw != L2Entry::default()).then_some((L2Entry::default(), Some(Punch::Yes)));
         }
+        let compressed = matches!(before, Entry::Compressed(_));
+        // A compressed cluster changes as a whole, also where the disk ends in it.
+        let units = if compressed {
+            geometry.all_units()
+        } else {
+            units
+        };
         let (data, zero) = before.units(geometry);
         let (data, zero) = (Units(data.0 & !units.0), Units(zero.0 | units.0));
-        let compressed = matches!(before, Entry::Compressed(_));
         let empty = before.host().is_none() && !compressed;
         if empty && becomes == Becomes::Discarded {
             let whole = GuestRange::new(geometry.start(cluster), geometry.cluster_size());
@@ -320,12 +338,11 @@ impl Qcow2 {
                 return None;
             }
         }
-        // A compressed cluster changes as a whole, so nothing of it is left.
         let keeps = match before {
             Entry::Compressed(_) => None,
-            _ if becomes == Becomes::ZeroKept || self.discard_no_unref => before.own_host(),
-            // The rest of the cluster is still in use.
+            // The rest of the cluster is still in use, shared or not.
             _ if !data.is_empty() => before.host(),
+            _ if becomes == Becomes::ZeroKept || self.discard_no_unref => before.own_host(),
             _ => None,
         };
         if keeps.is_some() || empty {

@@ -145,7 +145,12 @@ impl CreateOptions {
             return Err(Error::invalid_argument(format!(
                 "Extended L2 entries are only supported with cluster sizes of at least \
                  {MIN_EXTENDED_CLUSTER} bytes"
-            )));
+            ))
+            .field(
+                "cluster_size",
+                self.cluster_size,
+                "at least 16384 with extended_l2",
+            ));
         }
         self.check_data_file()?;
         self.check_version()?;
@@ -165,12 +170,20 @@ impl CreateOptions {
     }
 
     fn check_data_file(&self) -> Result<()> {
-        let invalid = |message: &str| Err(Error::invalid_argument(message));
         if self.data_file_raw && self.data_file.is_none() {
-            return invalid("data-file-raw requires data-file");
+            return Err(
+                Error::invalid_argument("data-file-raw requires data-file").field(
+                    "data_file_raw",
+                    "on",
+                    "off without data_file",
+                ),
+            );
         }
         if self.data_file_raw && self.backing_file.is_some() {
-            return invalid("Backing file and data-file-raw cannot be used at the same time");
+            return Err(Error::invalid_argument(
+                "Backing file and data-file-raw cannot be used at the same time",
+            )
+            .field("data_file_raw", "on", "off with a backing file"));
         }
         if let Some(name) = &self.data_file
             && (name.is_empty() || name.len() > MAX_DATA_FILE_NAME)
@@ -185,40 +198,36 @@ impl CreateOptions {
 
     /// Refuses what version 2 has no place for.
     fn check_version(&self) -> Result<()> {
-        let invalid = |message: &str| Err(Error::invalid_argument(message));
-        if self.version < 3 {
-            if self.extended_l2 {
-                return invalid(
-                    "Extended L2 entries are only supported with compatibility level 1.1 and above \
-                     (use version=v3 or greater)",
-                );
-            }
-            if self.data_file.is_some() {
-                return invalid(
-                    "External data files are only supported with compatibility level 1.1 and above \
-                     (use version=v3 or greater)",
-                );
-            }
-            if self.refcount_bits != 16 {
-                return invalid(
-                    "Different refcount widths than 16 bits require compatibility level 1.1 or \
-                     above (use version=v3 or greater)",
-                );
-            }
-            if self.lazy_refcounts {
-                return invalid(
-                    "Lazy refcounts only supported with compatibility level 1.1 and above (use \
-                     version=v3 or greater)",
-                );
-            }
-            if self.compression_type != CompressionType::Zlib {
-                return invalid(
-                    "Non-zlib compression type is only supported with compatibility level 1.1 and \
-                     above (use version=v3 or greater)",
-                );
-            }
+        if self.version >= 3 {
+            return Ok(());
         }
-        Ok(())
+        let (what, or, field, value, expected) = if self.extended_l2 {
+            let what = "Extended L2 entries are only supported with";
+            (what, "and", "extended_l2", "on".into(), "off")
+        } else if let Some(name) = &self.data_file {
+            let what = "External data files are only supported with";
+            (what, "and", "data_file", name.clone(), "none")
+        } else if self.refcount_bits != 16 {
+            let what = "Different refcount widths than 16 bits require";
+            let bits = self.refcount_bits.to_string();
+            (what, "or", "refcount_bits", bits, "16")
+        } else if self.lazy_refcounts {
+            let what = "Lazy refcounts only supported with";
+            (what, "and", "lazy_refcounts", "on".into(), "off")
+        } else if self.compression_type != CompressionType::Zlib {
+            let what = "Non-zlib compression type is only supported with";
+            let kind = "zstd".into();
+            (what, "and", "compression_type", kind, "zlib")
+        } else {
+            return Ok(());
+        };
+        let message =
+            format!("{what} compatibility level 1.1 {or} above (use version=v3 or greater)");
+        Err(Error::invalid_argument(message).field(
+            field,
+            value,
+            &format!("{expected} with version 2"),
+        ))
     }
 }
 

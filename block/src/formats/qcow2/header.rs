@@ -10,6 +10,7 @@ use crate::{Error, FileId, Result, io::Io};
 
 mod area;
 mod fields;
+mod store;
 mod write;
 
 use area::{needed_bytes, padded, parse_extensions};

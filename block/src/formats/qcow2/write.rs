@@ -10,7 +10,7 @@ use crate::{
     Error, GuestRange, Result,
     image::{Commit, Prepared},
     io::Io,
-    sync::LocalFuture,
+    sync::{LocalFuture, lock},
     table::WritePin,
     types::HostOffset,
 };
@@ -318,11 +318,21 @@ impl Qcow2 {
         if self.crypt.encryption.is_some() {
             return Err(Error::unsupported(
                 "Compression and encryption not supported at the same time",
+            )
+            .field(
+                "crypt_method",
+                lock(&self.header).crypt_method as u32,
+                "0 for compressed clusters",
             ));
         }
         if self.geometry.data_file {
             return Err(Error::unsupported(
-                "compressed write: expected an image without an external data file",
+                "compressed clusters together with an external data file",
+            )
+            .field(
+                "incompatible_features",
+                format_args!("{:#x}", lock(&self.header).incompatible_features.0),
+                "bit 2 to be clear",
             ));
         }
         let size = self.geometry.cluster_size();

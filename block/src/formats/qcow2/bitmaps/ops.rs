@@ -221,7 +221,8 @@ impl Qcow2 {
             )))
         };
         if lock(&self.header).version < 3 {
-            return refuse("Cannot store dirty bitmaps in qcow2 v2 files".into());
+            return refuse("Cannot store dirty bitmaps in qcow2 v2 files".into())
+                .map_err(|error| error.field("version", 2, "3"));
         }
         if !GRANULARITY_BITS.contains(&bits) {
             return refuse(format!(

@@ -41,6 +41,33 @@ pub(super) fn needed_bytes(bytes: &[u8]) -> usize {
     cluster_size
 }
 
+/// Where what the first sector names ends: the extensions, or the backing file name. `None` where they
+/// cannot be followed.
+pub(super) fn referenced_end(bytes: &[u8]) -> Option<usize> {
+    let cluster_bits = be32(bytes, 20);
+    if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
+        return None;
+    }
+    let start = if be32(bytes, 4) == 2 {
+        V2_HEADER_LENGTH as usize
+    } else {
+        be32(bytes, 100) as usize
+    };
+    let name_at = usize::try_from(be64(bytes, 8)).ok()?;
+    let end = if name_at == 0 {
+        1 << cluster_bits
+    } else {
+        name_at
+    };
+    let (_, stop) = parse_extensions(bytes, start, end).ok()?;
+    let name_end = name_at.checked_add(be32(bytes, 16) as usize)?;
+    Some(if name_at == 0 {
+        stop
+    } else {
+        stop.max(name_end)
+    })
+}
+
 /// The extensions between `at` and `end`, and where the area stops.
 pub(super) fn parse_extensions(
     bytes: &[u8],

@@ -160,6 +160,10 @@ impl ExtensionType {
     /// changed: an image that has it is repaired when it is opened for writing.
     pub const UNFINISHED: Self = Self(0x506c_4472);
 
+    /// Written by Platter while the header changes, in front of extensions that lie further behind for
+    /// the moment. Its data is what they leave behind, and means nothing.
+    pub const MOVED: Self = Self(0x506c_4473);
+
     /// Whether the type has a meaning here.
     #[must_use]
     pub fn is_known(self) -> bool {
@@ -171,6 +175,7 @@ impl ExtensionType {
             Self::CRYPTO_HEADER,
             Self::DATA_FILE,
             Self::UNFINISHED,
+            Self::MOVED,
         ]
         .contains(&self)
     }
@@ -188,6 +193,9 @@ pub struct Extension {
 }
 
 impl Extension {
+    /// Bytes of type and length.
+    pub(super) const HEADER_LEN: usize = 8;
+
     /// An extension with zero padding.
     #[must_use]
     pub fn new(kind: ExtensionType, data: Vec<u8>) -> Self {

@@ -327,13 +327,19 @@ impl Header {
         if raw && self.backing_file.is_some() {
             return Err(Error::unsupported(
                 "a backing file together with data-file-raw: the data file would not be the disk",
+            )
+            .field(
+                "autoclear_features",
+                format_args!("{:#x}", self.autoclear_features.0),
+                "bit 1 to be clear with a backing file",
             ));
         }
         if writable && self.nb_snapshots > 0 {
             return Err(Error::unsupported(format!(
                 "{} snapshots together with an external data file: writing would change them",
                 self.nb_snapshots
-            )));
+            ))
+            .field("nb_snapshots", self.nb_snapshots, "0 with a data file"));
         }
         Ok(())
     }
@@ -371,16 +377,6 @@ impl Header {
             AlignedBuf::from_slice(&self.feature_bytes()),
         )
         .await?;
-        io.sync(file).await
-    }
-
-    /// Writes the header area and makes it durable.
-    ///
-    /// # Errors
-    /// As [`to_bytes`](Self::to_bytes), and the host's.
-    pub async fn write(&self, io: &Io, file: FileId) -> Result<()> {
-        let bytes = self.to_bytes()?;
-        io.write(file, 0, AlignedBuf::from_slice(&bytes)).await?;
         io.sync(file).await
     }
 
@@ -432,7 +428,9 @@ impl Header {
     /// is and its length.
     fn new_layout(&self) -> Result<(Vec<u8>, u64, u32)> {
         let mut out = vec![0; self.header_length as usize];
-        for extension in &self.extensions {
+        // What a change that was cut off left is not taken along.
+        let kept = |extension: &&Extension| extension.kind != ExtensionType::MOVED;
+        for extension in self.extensions.iter().filter(kept) {
             // At most a cluster each.
             out.extend_from_slice(&extension.kind.0.to_be_bytes());
             out.extend_from_slice(&(extension.data.len() as u32).to_be_bytes());

@@ -142,15 +142,11 @@ impl<'a> Editor<'a> {
                 table.snapshots.len()
             )));
         }
-        if self.geometry.data_file {
-            return Err(Error::unsupported(
-                "snapshots of an image with an external data file",
-            ));
-        }
         if self.header.refcount_order == 0 {
             return Err(Error::invalid_argument(
                 "snapshots need reference counts of more than 1 bit",
-            ));
+            )
+            .field("refcount_order", 0, "at least 1"));
         }
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::invalid_argument(
@@ -290,6 +286,11 @@ impl<'a> Editor<'a> {
         if self.header.has(Incompatible::DATA_FILE) {
             return Err(Error::unsupported(
                 "internal snapshots: expected an image without an external data file",
+            )
+            .field(
+                "incompatible_features",
+                format_args!("{:#x}", self.header.incompatible_features.0),
+                "bit 2 to be clear",
             ));
         }
         Ok(())
