@@ -140,6 +140,7 @@ pub(crate) fn run(args: &AmendArgs, persona: Persona) -> Outcome {
     };
     let format = args.format.as_deref();
     let spec = ImageSpec::parse(file, args.image_opts, format, persona)?;
+    open::check_offline(&spec).map_err(Failure::new)?;
     let cache = open::cache_mode(&args.cache)?;
     // As every other command opens it: locked, its options checked, repaired if need be.
     let how = OpenHow {

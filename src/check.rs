@@ -97,7 +97,7 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
     if format != Format::Qcow2 {
         return Err(Failure::new("This image format does not support checks").status(63));
     }
-    open::check_options(&spec, None).map_err(Failure::new)?;
+    open::check_offline(&spec).map_err(Failure::new)?;
     let as_json = args.output == "json";
     let mut tell = |line: &str| {
         // Repairs are told on the standard output, what is wrong on the standard error.

@@ -100,7 +100,7 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
         None => maintenance::format_of(&spec.path)
             .map_err(|error| cannot_open(&spec, &error, persona))?,
     };
-    open::check_options(&spec, None).map_err(Failure::new)?;
+    open::check_offline(&spec).map_err(Failure::new)?;
     let done = if format == Format::Qcow2 {
         maintenance::snapshot(&spec.path, action, name)
     } else {

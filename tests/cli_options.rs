@@ -187,6 +187,38 @@ fn faults_of_a_data_file_are_its_own() {
 }
 
 #[test]
+fn what_works_on_a_whole_image_refuses_options_for_open_disks_that_are_wrong() {
+    let lab = Lab::new();
+    ok(lab.qemu_img(&["create", "-q", "-f", "qcow2", "a", "1M"]));
+    std::fs::write(lab.path("rules"), "").expect("written");
+    for command in [
+        &["check"][..],
+        &["snapshot", "-c", "one"],
+        &["amend", "-o", "compat=0.10"],
+    ] {
+        let args = |name: &'static str, opts: bool| -> Vec<&str> {
+            let opts = opts.then_some("--image-opts");
+            command.iter().copied().chain(opts).chain([name]).collect()
+        };
+        let complaint = fails(1, lab.qemu_img(&args("blkdebug:rules:a", false)));
+        assert!(
+            complaint.contains("'blkdebug' has no effect"),
+            "{complaint}"
+        );
+        let name = "driver=qcow2,file.filename=a,zork=1";
+        let complaint = fails(1, lab.qemu_img(&args(name, true)));
+        assert!(
+            complaint.contains("does not support the option 'zork'"),
+            "{complaint}"
+        );
+        ok(lab.qemu_img(&args(
+            "driver=qcow2,file.filename=a,overlap-check=all",
+            true,
+        )));
+    }
+}
+
+#[test]
 fn discards_are_passed_on_as_the_options_say() {
     let lab = Lab::new();
     let written = |name: &str, options: &str| {
@@ -207,7 +239,7 @@ fn discards_are_passed_on_as_the_options_say() {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
-        write!(noise, "{:016x}", state).expect("memory");
+        write!(noise, "{state:016x}").expect("memory");
     }
     std::fs::write(lab.path("noise"), noise).expect("written");
     let replaced = |name: &str, options: &str| {

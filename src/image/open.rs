@@ -310,6 +310,16 @@ pub(crate) fn check_options(spec: &ImageSpec, disk: Option<&dyn DiskFile>) -> Re
     no_more(&options, spec)
 }
 
+/// Checks the options of an image that is worked on as a whole, in its file: what has its effect only on an open
+/// disk must be right, and there are no faults on purpose.
+pub(crate) fn check_offline(spec: &ImageSpec) -> Result<(), String> {
+    let faults = [&spec.faults, &spec.data_file_faults, &spec.request_faults];
+    if faults.iter().any(|rules| rules.is_some()) {
+        return Err("the filter 'blkdebug' has no effect on what is done to a whole image".into());
+    }
+    check_options(spec, None)
+}
+
 /// Refuses options that nothing has taken.
 fn no_more(options: &KeyVals, spec: &ImageSpec) -> Result<(), String> {
     let Some(key) = options.first_key() else {
