@@ -22,6 +22,9 @@ use crate::{
 /// The most zero bytes written with one operation where a map cannot express zeroes.
 const ZERO_CHUNK: u64 = 1 << 20;
 
+/// The most bytes read without need, so that what lies before and after them is one read.
+const MAX_GAP: u64 = 16 << 10;
+
 /// How a disk treats requests, fixed when it is opened.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Policy {
@@ -233,8 +236,13 @@ pub(crate) async fn read_owned(
     io: &Io,
     range: GuestRange,
 ) -> Result<AlignedBuf> {
-    let buffers = Buffers::owned(AlignedBuf::zeroed(range.len as usize));
     let inside = range.take(image.size().saturating_sub(range.start.0));
+    let bytes = if inside.len == range.len {
+        io.spare.take(range.len as usize)
+    } else {
+        AlignedBuf::zeroed(range.len as usize)
+    };
+    let buffers = Buffers::owned(bytes);
     read(image, io, inside, &buffers, 0).await?;
     buffers
         .into_owned()
@@ -386,6 +394,50 @@ async fn write_extent(
     }
 }
 
+/// What a prepared write writes around its data.
+struct Surroundings {
+    bytes: AlignedBuf,
+    /// Where in `bytes` the part after the data starts.
+    tail: usize,
+}
+
+/// Reads what surrounds the data: with one operation where that is not much more than is needed.
+async fn surroundings(
+    image: &dyn Image,
+    io: &Io,
+    range: GuestRange,
+    prepared: &Prepared<'_>,
+) -> Result<Surroundings> {
+    let (head, tail) = (prepared.head, prepared.tail);
+    if prepared.fill_zero || head + tail == 0 {
+        return Ok(Surroundings {
+            bytes: AlignedBuf::zeroed((head + tail) as usize),
+            tail: head as usize,
+        });
+    }
+    let start = range.start.0 - head;
+    if head > 0 && tail > 0 && range.len <= MAX_GAP {
+        let all = GuestRange::new(start, head + range.len + tail);
+        return Ok(Surroundings {
+            bytes: read_owned(image, io, all).await?,
+            tail: (head + range.len) as usize,
+        });
+    }
+    let buffers = Buffers::owned(AlignedBuf::zeroed((head + tail) as usize));
+    let parts = [(start, head, 0), (range.end(), tail, head)];
+    let reads = parts.iter().map(|&(start, len, at)| {
+        let inside = len.min(image.size().saturating_sub(start));
+        read(image, io, GuestRange::new(start, inside), &buffers, at)
+    });
+    join_all(reads).await.into_iter().collect::<Result<()>>()?;
+    Ok(Surroundings {
+        bytes: buffers
+            .into_owned()
+            .ok_or_else(|| Error::new(ErrorKind::Cancelled))?,
+        tail: head as usize,
+    })
+}
+
 /// Copies what surrounds the data, writes everything with one operation and commits.
 async fn write_prepared(
     image: &dyn Image,
@@ -395,20 +447,15 @@ async fn write_prepared(
     buffers: &Buffers,
     at: u64,
 ) -> Result<()> {
-    let surroundings = |start: u64, len: u64| async move {
-        if len == 0 || prepared.fill_zero {
-            return Ok(AlignedBuf::zeroed(len as usize));
-        }
-        read_owned(image, io, GuestRange::new(start, len)).await
-    };
-    let mut head = surroundings(range.start.0 - prepared.head, prepared.head).await?;
-    let mut tail = surroundings(range.end(), prepared.tail).await?;
+    let mut around = surroundings(image, io, range, &prepared).await?;
+    let (head, rest) = around.bytes.split_at_mut(around.tail);
+    let head = &mut head[..prepared.head as usize];
     let mut segments = buffers.part(at, range.len);
     if !head.is_empty() {
         segments.insert(0, Segment::new(head.as_mut_ptr(), head.len()));
     }
-    if !tail.is_empty() {
-        segments.push(Segment::new(tail.as_mut_ptr(), tail.len()));
+    if !rest.is_empty() {
+        segments.push(Segment::new(rest.as_mut_ptr(), rest.len()));
     }
     let start = prepared
         .offset
@@ -430,6 +477,7 @@ async fn write_prepared(
             Box::pin(encryption.write(io, place, segments, false)).await?;
         }
     }
+    io.spare.keep(around.bytes);
     prepared.commit.commit(io).await
 }
 

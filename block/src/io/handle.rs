@@ -17,6 +17,7 @@ use super::{
     driver::Driver,
     operation::{Eof, NewOp, OpKind},
     pins::QueuePins,
+    spare::SpareBuffers,
 };
 use crate::faults::{Event, Operation};
 use crate::sync::{join_all, lock};
@@ -33,6 +34,7 @@ pub struct Io {
     pub(crate) core: Arc<DiskCore>,
     pub(crate) pins: QueuePins,
     pub(crate) cache: RefCell<MapCache>,
+    pub(crate) spare: SpareBuffers,
     files: RefCell<Vec<OpenFile>>,
 }
 
@@ -49,6 +51,7 @@ impl Io {
             core: Arc::clone(core),
             pins: core.pins.register(),
             cache: RefCell::default(),
+            spare: SpareBuffers::default(),
             files: RefCell::default(),
         };
         io.open_files(core.file_count())?;
@@ -95,6 +98,15 @@ impl Io {
     /// The host's error.
     pub fn file_len(&self, file: FileId) -> Result<u64> {
         self.with_file(file, |file| file.entry.file.len())?
+    }
+
+    /// Whether writes bypass the page cache of a file that can grow.
+    pub(crate) fn writes_directly(&self, file: FileId) -> bool {
+        self.with_file(file, |file| {
+            let file = &file.entry.file;
+            !file.alignment().is_none() && !file.is_block_device()
+        })
+        .unwrap_or(false)
     }
 
     /// The path of a file.

@@ -25,6 +25,7 @@ mod ranges;
 mod regions;
 pub mod sim;
 mod slab;
+mod spare;
 mod sys;
 mod uring_memory;
 mod uring_setup;

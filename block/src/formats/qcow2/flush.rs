@@ -369,6 +369,7 @@ impl Qcow2 {
             self.write_refcounts(io).await?;
             io.sync(self.file).await?;
         }
+        self.end_growing(io).await?;
         self.after_settling(io).await
     }
 }

@@ -8,13 +8,14 @@
 //! * `marks`: the dirty and the corrupt bit. `overlap`: nothing is written over metadata.
 //! * `map`: looking up. `write`: preparing and committing writes. `change`: discard and zeroes.
 //!   `resize`: other sizes.
-//! * `refcount`: reference counts and allocation. `flush`: the order in which everything reaches
+//! * `refcount`: reference counts and allocation. `ahead`: space for them before they need it. `flush`: the order in which everything reaches
 //!   the disk.
 //! * `crypt`: encryption.
 //! * `compressed`: compressed clusters and the cache of decompressed ones.
 //! * [`snapshot`]: internal snapshots. `vm_state`: what lies behind the disk. `bitmaps`: persistent
 //!   dirty bitmaps. `extras`: all three on an opened image.
 
+mod ahead;
 pub mod amend;
 mod bitmaps;
 mod change;
@@ -48,6 +49,7 @@ use std::sync::{
 };
 
 use self::{
+    ahead::Ahead,
     bitmaps::Bitmaps,
     claims::Claims,
     compressed::Decompressed,
@@ -111,6 +113,7 @@ pub(crate) struct Qcow2 {
     discard_no_unref: bool,
     pass_discards: PassDiscards,
     marks: Marks,
+    ahead: Ahead,
     overlap: Overlap,
     /// Held by who finds out what is metadata.
     overlap_claim: Claims,
@@ -163,6 +166,7 @@ impl Qcow2 {
         let bitmaps = Bitmaps::read(io, file, &header, options.writable).await?;
         let geometry = Geometry::of(&header);
         let table = read_refcount_table(io, file, &header).await?;
+        let file_len = io.file_len(file)?;
         let refcounts = Refcounts::new(
             geometry,
             header.refcount_order,
@@ -173,7 +177,7 @@ impl Qcow2 {
                 header.l1_table_offset >> header.cluster_bits,
                 (u64::from(header.l1_size) * 8).div_ceil(geometry.cluster_size()),
             ),
-            io.file_len(file)?,
+            file_len,
         );
         if options.writable {
             bitmaps.mark_in_use(io, file, &header).await?;
@@ -187,6 +191,7 @@ impl Qcow2 {
             discard_no_unref: options.discard_no_unref,
             pass_discards: options.pass_discards,
             marks: Marks::new(&header, options.lazy_refcounts),
+            ahead: Ahead::new(options.writable && io.writes_directly(file), file_len),
             overlap: Overlap::new(options.overlap_checks),
             overlap_claim: Claims::default(),
             writable: options.writable,

@@ -569,6 +569,11 @@ impl Refcounts {
         .await
     }
 
+    /// The byte after the last cluster that was ever in use.
+    pub(super) fn written_end(&self) -> u64 {
+        self.geometry.start(lock(&self.state).virgin)
+    }
+
     /// Nothing more is packed into the cluster begun for compressed data.
     pub(super) fn end_packing(&self) {
         lock(&self.state).packing = 0;
