@@ -7,6 +7,7 @@ use crate::{
     image::{
         maintenance::{self, SnapshotAction},
         open::{self, OpenHow, ShareArgs},
+        qcow2_options,
         spec::{ImageSpec, could_not_open},
     },
     util::{
@@ -101,6 +102,12 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
             .map_err(|error| cannot_open(&spec, &error, persona))?,
     };
     open::check_offline(&spec).map_err(Failure::new)?;
+    let passed = qcow2_options::take_pass_discards(&mut spec.options.clone());
+    if !passed.map_err(Failure::new)?.snapshot {
+        return Err(Failure::new(
+            "pass-discard-snapshot: off, expected on: what a snapshot held alone gives its space back",
+        ));
+    }
     let done = if format == Format::Qcow2 {
         maintenance::snapshot(&spec.path, action, name)
     } else {

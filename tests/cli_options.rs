@@ -267,6 +267,33 @@ fn discards_are_passed_on_as_the_options_say() {
     );
 }
 
+#[test]
+fn a_deleted_snapshot_gives_its_space_back() {
+    let lab = Lab::new();
+    let with_snapshot = |name: &str| {
+        ok(lab.platter(&["create", "-q", "-f", "qcow2", name, "8M"]));
+        ok(lab.platter(&["io", "-c", "write -P 1 0 8M", name]));
+        ok(lab.platter(&["snapshot", "-c", "one", name]));
+        // One cluster stays shared.
+        ok(lab.platter(&["io", "-c", "write -P 2 64k 8128k", name]));
+        assert!(lab.allocated(name) > 16 << 20);
+    };
+    for (name, action, pattern) in [("a", "-d", 2), ("b", "-a", 1)] {
+        with_snapshot(name);
+        ok(lab.platter(&["snapshot", action, "one", name]));
+        assert!(lab.allocated(name) < 9 << 20, "{}", lab.allocated(name));
+        ok(lab.platter(&["check", "-q", name]));
+        let rest = format!("read -P {pattern} 64k 8128k");
+        ok(lab.platter(&["io", "-c", "read -P 1 0 64k", "-c", &rest, name]));
+    }
+    let spec = "driver=qcow2,file.filename=b,pass-discard-snapshot=off";
+    let complaint = fails(
+        1,
+        lab.platter(&["snapshot", "--image-opts", "-d", "one", spec]),
+    );
+    assert!(complaint.contains("pass-discard-snapshot"), "{complaint}");
+}
+
 /// An image whose snapshot has an L2 table that is counted as free.
 fn with_lost_table(lab: &Lab, name: &str) {
     ok(lab.qemu_img(&["create", "-q", "-f", "qcow2", name, "1G"]));

@@ -172,6 +172,8 @@ impl OverlapChecks {
 pub struct PassDiscards {
     /// Those that the guest discards, unless [`DiscardPolicy::Ignore`] drops its requests anyway.
     pub request: bool,
+    /// Those that a snapshot held alone, when it is deleted, and the disk, when it goes back to one.
+    pub snapshot: bool,
     /// Those that lose their last reference for other reasons: tables and data that were replaced.
     pub other: bool,
 }
@@ -180,6 +182,7 @@ impl Default for PassDiscards {
     fn default() -> Self {
         Self {
             request: true,
+            snapshot: true,
             other: false,
         }
     }

@@ -143,15 +143,13 @@ pub(crate) fn take_overlap_checks(options: &mut KeyVals) -> Result<OverlapChecks
     Ok(checks)
 }
 
-/// Takes the options for discards out of a list. Snapshots are never deleted with an image that is opened with
-/// options, so what becomes of their space is only checked.
+/// Takes the options for discards out of a list.
 pub(crate) fn take_pass_discards(options: &mut KeyVals) -> Result<PassDiscards, String> {
     let mut pass = PassDiscards::default();
-    let mut snapshot = false;
     for (key, place) in [
         ("pass-discard-request", &mut pass.request),
         ("pass-discard-other", &mut pass.other),
-        ("pass-discard-snapshot", &mut snapshot),
+        ("pass-discard-snapshot", &mut pass.snapshot),
     ] {
         if let Some(value) = options.take(key) {
             *place = switch(key, &value)?;

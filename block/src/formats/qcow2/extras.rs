@@ -27,13 +27,8 @@ impl Qcow2 {
         self.refcounts.end_packing();
         self.settle(io).await?;
         let mut header = lock(&self.header).clone();
-        let result = work(&mut Editor::new(
-            io,
-            self.file,
-            &mut header,
-            &self.refcounts,
-        ))
-        .await;
+        let editor = Editor::new(io, self.file, &mut header, &self.refcounts);
+        let result = work(&mut editor.punching(self.pass_discards.snapshot)).await;
         // Also after an error: tables on the disk may have changed, if only in their flags.
         self.slices.retire(0, u64::MAX);
         self.overlap.forget();
