@@ -68,6 +68,9 @@ pub(crate) struct NvmeArgs {
     /// Qualified name of the subsystem
     #[arg(long, value_name = "NQN", default_value = "")]
     subnqn: String,
+    /// PCI vendor and device, for whoever has numbers of their own; drivers do not look at them
+    #[arg(long, value_name = "VVVV:DDDD", default_value = "1af4:10f4", value_parser = pci_id)]
+    pci_id: (u16, u16),
     /// Bypass the host's page cache
     #[arg(long)]
     direct: bool,
@@ -138,8 +141,10 @@ fn serve(
                 io_queues: args.queues,
                 workers: usize::from(args.threads.min(args.queues)),
                 vectors: args.queues + 1,
+                vendor: args.pci_id.0,
                 ..NvmeConfig::default()
             },
+            device: args.pci_id.1,
         };
         let function = NvmeFunction::new(subsystem, config, &memory, interrupts.clone());
         let function = Arc::new(function.map_err(server_failed)?);
@@ -254,6 +259,15 @@ fn namespace(
     Ok((open::open(&spec, &how, persona)?, config))
 }
 
+/// `VVVV:DDDD`, in hex; neither may be what an empty slot reads.
+fn pci_id(text: &str) -> Result<(u16, u16), String> {
+    let number = |digits: &str| u16::from_str_radix(digits, 16).ok();
+    text.split_once(':')
+        .and_then(|(vendor, device)| Some((number(vendor)?, number(device)?)))
+        .filter(|(vendor, _)| !matches!(vendor, 0 | 0xffff))
+        .ok_or_else(|| "expected two numbers in hex, as 1af4:10f4".to_owned())
+}
+
 /// Hex digits, with or without dashes.
 fn hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
@@ -297,6 +311,16 @@ fn pool(text: &str) -> Result<PoolConfig, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pci_identifiers() {
+        assert_eq!(pci_id("1aF4:0010"), Ok((0x1af4, 0x10)));
+        for text in [
+            "", "1af4", "1af4:", ":1", "0:1", "ffff:1", "12345:1", "1:2:3",
+        ] {
+            assert!(pci_id(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn hex_digits_of_the_right_number() {

@@ -14,6 +14,7 @@ mod file_system;
 mod machine;
 mod shared;
 
+mod firmware;
 mod hotplug;
 mod integrity;
 mod nvme;

@@ -3,6 +3,7 @@
 
 pub mod control;
 mod queue_thread;
+mod sigbus;
 mod socket;
 mod sys;
 mod virtio_transport;

@@ -10,6 +10,8 @@ use std::{
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sigbus::Watch;
+
 /// The seals that keep a mapping of the file valid for good.
 pub(crate) const FIXED_SIZE: i32 = libc::F_SEAL_SHRINK;
 
@@ -153,6 +155,8 @@ pub(crate) struct Mapping {
     lead: usize,
     /// How many bytes were asked for.
     len: usize,
+    /// For a file that may shrink; it goes before the mapping does.
+    watch: Option<Watch>,
 }
 
 // SAFETY: the mapping is memory that belongs to the struct; its bytes are only accessed through
@@ -200,7 +204,29 @@ impl Mapping {
             total,
             lead: (offset - start) as usize,
             len: len as usize,
+            watch: None,
         })
+    }
+
+    /// The same for memory of a peer, whose file may shrink unless it is sealed: then the
+    /// connection is shut down.
+    pub(crate) fn of_peer(
+        file: &File,
+        offset: u64,
+        len: u64,
+        connection: BorrowedFd<'_>,
+    ) -> io::Result<Self> {
+        let mut mapping = Self::new(file, offset, len)?;
+        if seals(file) & FIXED_SIZE == 0 {
+            let start = mapping.base.as_ptr() as usize;
+            mapping.watch = Some(Watch::new(start, mapping.total, connection)?);
+        }
+        Ok(mapping)
+    }
+
+    /// Whether the file became shorter, and what was here is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.watch.as_ref().is_some_and(Watch::is_lost)
     }
 
     /// The number of bytes.
@@ -216,6 +242,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // Before the address may be somebody else's.
+        self.watch = None;
         // SAFETY: this is the range that mmap returned, and whoever held pointers into it also
         // held this struct.
         unsafe { libc::munmap(self.base.as_ptr(), self.total) };

@@ -5,7 +5,7 @@
 mod vfio_client;
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::{
         fd::AsRawFd,
         unix::{fs::FileExt, net::UnixStream},
@@ -50,6 +50,7 @@ impl Server {
                 vectors: 3,
                 ..NvmeConfig::default()
             },
+            ..NvmeFunctionConfig::default()
         };
         let function = NvmeFunction::new(&subsystem, config, &memory, interrupts.clone()).unwrap();
         let path = folder.path().join("s");
@@ -240,4 +241,26 @@ fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
     assert_eq!(client.call(9, &Client::access(0, 0, 2 << 20), &[]), Err(7));
     client.map();
     client.enable();
+}
+
+#[test]
+fn a_memfd_that_shrinks_costs_the_connection_alone() {
+    let server = Server::start();
+    for shrunk in [0, 0x2000] {
+        let mut client = Client::connect(&server.path());
+        client.map();
+        client.enable();
+        client.create_queues();
+        // The submission queue of the I/O queue pair is at 2000h: nothing is there any more.
+        client.memory.set_len(shrunk).unwrap();
+        client.write(0x1008, 1);
+        let mut rest = Vec::new();
+        let end = client.socket.read_to_end(&mut rest);
+        assert!(end.is_ok() || end.is_err_and(|it| it.kind() == ErrorKind::ConnectionReset));
+    }
+    let mut client = Client::connect(&server.path());
+    client.map();
+    client.enable();
+    client.create_queues();
+    assert_eq!(client.transfer(0, 1), 0);
 }

@@ -474,3 +474,20 @@ fn a_forged_inflight_area_is_refused_or_harmless() {
     drop(frontend);
     Client::new(&server.path, 1).check(0, 0, 1);
 }
+
+#[test]
+fn guest_memory_that_shrinks_costs_the_connection_alone() {
+    let server = server(1);
+    let mut client = Client::new(&server.path, 1);
+    client.check(0, 0, 1);
+    let file = client.guest.file.try_clone().unwrap();
+    file.set_len(0).unwrap();
+    client.rings[0].kick.write(1).unwrap();
+    // Whatever it asks now, the connection is shut down.
+    common::eventually("the end of the connection", || {
+        client.frontend.get_features().is_err()
+    });
+    assert!(server.is_alive());
+    let mut next = Client::new(&server.path, 1);
+    next.check(0, 0, 2);
+}

@@ -1,13 +1,13 @@
 //! Guest memory as the client maps it: regions with the descriptor of their file.
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, os::fd::BorrowedFd, sync::Arc};
 
 use vm_memory::{
     GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
     GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::sys::{self, Mapping};
+use crate::sys::Mapping;
 
 /// The most regions of a client.
 const MAX_REGIONS: usize = 1024;
@@ -67,8 +67,15 @@ impl GuestMemoryRegionBytes for VfioUserRegion {}
 pub(super) struct MemoryTable(Vec<Arc<VfioUserRegion>>);
 
 impl MemoryTable {
-    /// Maps a region.
-    pub(super) fn map(&mut self, guest: u64, size: u64, file: &File, at: u64) -> Result<(), i32> {
+    /// Maps a region. Should its file become shorter, `connection` is shut down.
+    pub(super) fn map(
+        &mut self,
+        guest: u64,
+        size: u64,
+        file: &File,
+        at: u64,
+        connection: BorrowedFd<'_>,
+    ) -> Result<(), i32> {
         let end = guest.checked_add(size).ok_or(libc::EINVAL)?;
         if size == 0 {
             return Err(libc::EINVAL);
@@ -80,10 +87,7 @@ impl MemoryTable {
         if self.0.iter().any(overlaps) {
             return Err(libc::EEXIST);
         }
-        if sys::seals(file) & sys::FIXED_SIZE == 0 {
-            tracing::debug!(guest, size, "guest memory is not sealed against shrinking");
-        }
-        let mapping = Mapping::new(file, at, size).map_err(|error| {
+        let mapping = Mapping::of_peer(file, at, size, connection).map_err(|error| {
             tracing::warn!(guest, size, at, %error, "guest memory cannot be mapped");
             error.raw_os_error().unwrap_or(libc::EINVAL)
         })?;
@@ -102,6 +106,11 @@ impl MemoryTable {
         }
         self.0.retain(|it| !inside(it));
         Ok(())
+    }
+
+    /// Whether the file of a region became shorter.
+    pub(super) fn is_lost(&self) -> bool {
+        self.0.iter().any(|region| region.mapping.is_lost())
     }
 
     pub(super) fn clear(&mut self) {

@@ -11,15 +11,29 @@ use super::{Error, PausableFunction};
 use crate::pci::{Bar, Description, Msix, PciFunction, WorkerThreads};
 
 /// How the function is made.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct NvmeFunctionConfig {
-    /// The controller.
+    /// The controller, with the vendor.
     pub controller: NvmeConfig,
+    /// PCI device and subsystem identifier. Drivers do not look at it: they know an NVMe controller
+    /// by its class.
+    pub device: u16,
+}
+
+impl Default for NvmeFunctionConfig {
+    fn default() -> Self {
+        Self {
+            controller: NvmeConfig::default(),
+            // From the range that is free for experiments, like the default vendor.
+            device: 0x10f4,
+        }
+    }
 }
 
 /// An NVMe controller on a PCI bus.
 pub struct NvmeFunction {
     controller: Arc<NvmeController>,
+    device: u16,
     threads: WorkerThreads,
 }
 
@@ -54,6 +68,7 @@ impl NvmeFunction {
         }
         Ok(Self {
             controller,
+            device: config.device,
             threads,
         })
     }
@@ -73,8 +88,8 @@ impl PciFunction for NvmeFunction {
         let config = self.controller.config();
         let table = (u32::from(config.vectors) * 16).next_multiple_of(4096);
         Description {
-            id: (config.vendor, 0x4e56),
-            subsystem: (config.vendor, 0x4e56),
+            id: (config.vendor, self.device),
+            subsystem: (config.vendor, self.device),
             // Mass storage, non-volatile memory, NVM Express I/O controller.
             class: [0x01, 0x08, 0x02],
             revision: 1,

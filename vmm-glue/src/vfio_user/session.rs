@@ -2,7 +2,10 @@
 
 use std::{
     fs::File,
-    os::{fd::BorrowedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -104,6 +107,9 @@ impl Session {
 
     /// The client is gone: the device forgets everything of it.
     pub(super) fn end(&mut self) {
+        if self.table.is_lost() {
+            tracing::warn!("the client has shortened the file of its guest's memory");
+        }
         self.reset();
         self.interrupts.clear();
         self.table.clear();
@@ -158,7 +164,8 @@ impl Session {
         let Some(file) = message.files.pop() else {
             return Ok(Vec::new());
         };
-        self.table.map(address, size, &file, offset)?;
+        let connection = self.channel.as_fd();
+        self.table.map(address, size, &file, offset, connection)?;
         self.exchange_memory();
         Ok(Vec::new())
     }

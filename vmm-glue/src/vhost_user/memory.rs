@@ -5,14 +5,14 @@
 //!
 //! What is checked when a region is mapped: sizes and offsets do not overflow, the range lies
 //! inside the file, regions overlap neither in guest nor in user addresses. What cannot be checked
-//! then is that the file keeps its size: a front end that shrinks it later makes the next access a
-//! SIGBUS, which ends this process. A memfd sealed against shrinking (`F_SEAL_SHRINK`; QEMU's
-//! `memory-backend-memfd` is) cannot be shrunk; a region without the seal is mapped all the same, as
-//! other back ends do, and logged.
+//! then is that the file keeps its size. A memfd sealed against shrinking (`F_SEAL_SHRINK`; QEMU's
+//! `memory-backend-memfd` is) cannot be shrunk; a region without the seal is watched, and a front end
+//! that shrinks it loses its connection at the next access: see `sigbus`.
 
 use std::{
     fmt,
     fs::File,
+    os::fd::BorrowedFd,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -183,23 +183,25 @@ impl MemoryTable {
         &mut self,
         regions: &[VhostUserMemoryRegion],
         files: &[File],
+        connection: BorrowedFd<'_>,
     ) -> Result<(), String> {
         let mut new = Self {
             regions: Vec::new(),
             log: self.log.clone(),
         };
         for (region, file) in regions.iter().zip(files) {
-            new.add(region, file)?;
+            new.add(region, file, connection)?;
         }
         *self = new;
         Ok(())
     }
 
-    /// Maps one more region.
+    /// Maps one more region. Should its file become shorter, `connection` is shut down.
     pub(super) fn add(
         &mut self,
         region: &VhostUserMemoryRegion,
         file: &File,
+        connection: BorrowedFd<'_>,
     ) -> Result<(), String> {
         let (guest, user) = (region.guest_phys_addr, region.user_addr);
         let (size, offset) = (region.memory_size, region.mmap_offset);
@@ -240,10 +242,8 @@ impl MemoryTable {
         {
             return Err(text(&"the dirty log does not cover it"));
         }
-        let mapping = Mapping::new(file, offset, size).map_err(|error| text(&error))?;
-        if sys::seals(file) & sys::FIXED_SIZE == 0 {
-            tracing::debug!(guest, size, "guest memory is not sealed against shrinking");
-        }
+        let mapping = Mapping::of_peer(file, offset, size, connection);
+        let mapping = mapping.map_err(|error| text(&error))?;
         self.regions.push(Arc::new(VhostUserRegion {
             mapping: Arc::new(mapping),
             guest,

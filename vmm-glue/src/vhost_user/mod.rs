@@ -42,8 +42,8 @@
 //! most its connection: sizes, counts and indices of messages are checked before use; at most 32
 //! descriptors and 4 KiB come with a message; a message that was begun must end within ten seconds;
 //! descriptors are made non-blocking; memory regions must lie in their file and must not overlap;
-//! dirty log and inflight area must be sealed memfds. What is left is a guest memory file that
-//! shrinks after it was mapped, which is a SIGBUS for this process: see the module `memory`.
+//! dirty log and inflight area must be sealed memfds. A guest memory file that shrinks after it was
+//! mapped costs the connection as well: see the module `memory`.
 //!
 //! # Restart
 //!

@@ -189,7 +189,9 @@ impl<'a> Session<'a> {
             Req::ADD_MEM_REG => {
                 let file = message.file()?;
                 let region: VhostUserSingleMemoryRegion = message.payload()?;
-                self.change_memory(message, |memory| memory.add(&region, &file))
+                let channel = &self.channel;
+                let add = |memory: &mut MemoryTable| memory.add(&region, &file, channel.as_fd());
+                self.rings.change_memory(message, add).map(Answer::done)
             }
             Req::REM_MEM_REG => {
                 let region: VhostUserSingleMemoryRegion = message.payload()?;
@@ -300,7 +302,9 @@ impl<'a> Session<'a> {
                 region
             })
             .collect();
-        self.change_memory(message, |memory| memory.replace(&regions, &files))
+        let channel = &self.channel;
+        let replace = |memory: &mut MemoryTable| memory.replace(&regions, &files, channel.as_fd());
+        self.rings.change_memory(message, replace).map(Answer::done)
     }
 
     /// Changes the memory table, with the queues drained meanwhile.
