@@ -1,10 +1,12 @@
-//! The format code on the simulation: random requests, faults and power cuts against a model.
+//! The format code on the simulation: random requests, snapshots, bitmaps, faults and power cuts against
+//! a model.
 //!
 //! `PLATTER_SIM_SEEDS=N` runs N seeds of each mode; `PLATTER_SIM_SEED=S PLATTER_SIM_MODE=Exact`
 //! replays one. A failing seed prints how.
 
 #![allow(clippy::unwrap_used)] // A test ends where something unexpected happens.
 
+mod extras;
 mod model;
 mod run;
 mod setup;
@@ -17,7 +19,7 @@ use std::{
 use setup::Mode;
 
 /// Seeds of each mode.
-const SEEDS: u64 = 700;
+const SEEDS: u64 = 500;
 
 /// Failing seeds after which a run gives up.
 const MOST_FAILURES: usize = 20;

@@ -143,6 +143,19 @@ pub(crate) struct Fua {
     moments: Vec<Moment>,
 }
 
+/// What a disk held at some time, and its size.
+#[derive(Clone)]
+pub(crate) struct Held {
+    size: u64,
+    segments: Vec<Candidates>,
+}
+
+impl Held {
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+}
+
 /// The disk as it may be.
 #[derive(Clone)]
 pub(crate) struct Model {
@@ -181,6 +194,38 @@ impl Model {
     /// All cut points.
     pub(crate) fn points(&self) -> &[u64] {
         &self.points
+    }
+
+    /// The segments of a range: first, and first after.
+    pub(crate) fn segments_of(&self, start: u64, end: u64) -> (usize, usize) {
+        self.range(start, end)
+    }
+
+    /// What the disk holds; nothing is in flight.
+    pub(crate) fn held(&self) -> Held {
+        Held {
+            size: self.size,
+            segments: self.segments.iter().map(|one| one.now.clone()).collect(),
+        }
+    }
+
+    /// The disk is, durably, what it was.
+    pub(crate) fn become_held(&mut self, held: &Held) {
+        self.size = held.size;
+        for (at, was) in held.segments.iter().enumerate() {
+            let inside = self.points[at + 1] <= held.size;
+            self.segments[at] = Segment::new(if inside { was.clone() } else { vec![ZERO] });
+        }
+    }
+
+    /// The disk is what it was, or what it is.
+    pub(crate) fn may_become_held(&mut self, held: &Held) {
+        for (segment, was) in self.segments.iter_mut().zip(&held.segments) {
+            for id in was {
+                add(&mut segment.now, *id);
+                add(&mut segment.durable.held, *id);
+            }
+        }
     }
 
     fn range(&self, start: u64, end: u64) -> (usize, usize) {

@@ -4,12 +4,14 @@ use std::{collections::HashMap, path::PathBuf, process::Command};
 
 use block::{
     AsyncDiskFile, Disk, DiskFile, ErrorKind, Format,
+    formats::qcow2::header::Header,
     io::{AlignedBuf, AsyncIo, Buffers, Completion, Request, RequestOp, sim::SimHost},
 };
 
 use crate::{
+    extras::Extras,
     model::{self, Cut, Flushing, Fua, Id, Model, Reading, ZERO},
-    setup::{Below, IMAGE, Mode, Rng, Setup},
+    setup::{Below, IMAGE, Mode, Rng, Setup, is_marked},
 };
 
 enum Pending {
@@ -29,25 +31,27 @@ struct Queue {
 }
 
 pub(crate) struct Run {
-    setup: Setup,
-    rng: Rng,
-    host: SimHost,
+    pub(crate) setup: Setup,
+    pub(crate) rng: Rng,
+    pub(crate) host: SimHost,
     disk: Option<Disk>,
     queues: Vec<Queue>,
     pending: HashMap<u64, Pending>,
     /// Requests of queues, by queue number, for those that are dropped.
     owners: HashMap<u64, usize>,
-    model: Model,
+    pub(crate) model: Model,
     next_id: Id,
     next_request: u64,
     /// Errors of the host may have left clusters that nothing names.
-    may_leak: bool,
+    pub(crate) may_leak: bool,
     judged_by_qemu: bool,
     traced: bool,
     /// A sync may have failed: what the page cache shows is not what the disk will ever get.
     lost: bool,
     /// The size of a resize that failed.
     half_done: Option<u64>,
+    /// Snapshots and bitmaps.
+    pub(crate) extras: Extras,
 }
 
 pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
@@ -74,6 +78,7 @@ pub(crate) fn run(seed: u64, mode: Mode, judged_by_qemu: bool) -> u64 {
         traced: std::env::var_os("PLATTER_SIM_TRACE").is_some(),
         lost: false,
         half_done: None,
+        extras: Extras::default(),
     };
     run.tell(|| format!("{:#?}", run.setup));
     for life in 0..run.setup.lives {
@@ -121,24 +126,24 @@ fn cut_points(setup: &Setup, rng: &mut Rng) -> Vec<u64> {
 
 impl Run {
     /// Tells the story of a run, for `PLATTER_SIM_TRACE=1`.
-    fn tell(&self, what: impl FnOnce() -> String) {
+    pub(crate) fn tell(&self, what: impl FnOnce() -> String) {
         if self.traced {
             eprintln!("{:>9.3?} {}", self.host.now(), what());
         }
     }
 
-    fn fail(&self, what: &str) -> ! {
+    pub(crate) fn fail(&self, what: &str) -> ! {
         panic!(
             "seed {} ({:?}): {what}\nreplay: PLATTER_SIM_SEED={} PLATTER_SIM_MODE={:?}\n{:#?}",
             self.setup.seed, self.setup.mode, self.setup.seed, self.setup.mode, self.setup
         );
     }
 
-    fn disk(&self) -> &Disk {
+    pub(crate) fn disk(&self) -> &Disk {
         self.disk.as_ref().unwrap()
     }
 
-    fn open(&mut self) {
+    pub(crate) fn open(&mut self) {
         self.setup.end_trouble(&self.host);
         let disk = match self.setup.open(&self.host) {
             Ok(disk) => disk,
@@ -146,6 +151,8 @@ impl Run {
         };
         if self.half_done == Some(disk.size()) {
             // A resize that failed had been written all the same.
+            self.extras
+                .resized(&self.model, self.model.size(), disk.size());
             self.model.resize(disk.size());
         }
         self.half_done = None;
@@ -248,6 +255,7 @@ impl Run {
                 let id = if zeroes { ZERO } else { self.next_id };
                 self.next_id += 1;
                 self.model.begin(id, first, last);
+                self.extras.changes(&self.model, first, last);
                 let op = match kind {
                     7 | 8 => RequestOp::Discard {
                         offset: start,
@@ -384,7 +392,13 @@ impl Run {
 
     /// What needs quiet queues.
     fn between(&mut self) {
-        match self.rng.below(6) {
+        match self.rng.below(9) {
+            6 | 7 => self.change_extras(),
+            8 => {
+                if self.rng.one_in(4) {
+                    self.cut_in_extras();
+                }
+            }
             0 => self.resize(),
             1 => self.compress(),
             2 => self.drop_queue(),
@@ -408,7 +422,7 @@ impl Run {
         }
     }
 
-    fn tolerate(&mut self, error: &block::Error, what: &str) {
+    pub(crate) fn tolerate(&mut self, error: &block::Error, what: &str) {
         self.may_leak = true;
         self.lost |= matches!(error.kind(), ErrorKind::Io(_) | ErrorKind::SyncFailed);
         if self.setup.mode != Mode::Faults {
@@ -422,6 +436,9 @@ impl Run {
             return;
         }
         let unit = self.setup.size_unit();
+        if self.extras.forbids_resize() {
+            return;
+        }
         let sizes: Vec<u64> = self
             .model
             .points()
@@ -438,6 +455,7 @@ impl Run {
         match resized {
             Ok(()) => {
                 self.half_done = None;
+                self.extras.resized(&self.model, self.model.size(), size);
                 self.model.resize(size);
             }
             Err(error) if error.kind() == ErrorKind::Unsupported => {}
@@ -484,6 +502,7 @@ impl Run {
             };
             self.next_id += 1;
             self.model.begin(id, start, end);
+            self.extras.changes(&self.model, start, end);
             let bytes = model::bytes(id, start, end - start);
             let result = self.disk().write_compressed(&bytes, start);
             self.tell(|| format!("write {id} compressed at {start}..{end}: {result:?}"));
@@ -553,6 +572,8 @@ impl Run {
                 drop(disk);
                 self.setup.end_trouble(&self.host);
                 self.check_metadata("closed", !self.may_leak);
+                let disk = self.open_read_only("closed");
+                self.check_extras(&disk, true);
             }
             Err(error) => {
                 self.tolerate(&error, "close");
@@ -563,7 +584,7 @@ impl Run {
     }
 
     /// Power cut or death of the process.
-    fn cut(&mut self, power: bool) {
+    pub(crate) fn cut(&mut self, power: bool) {
         self.may_leak = true;
         self.reap_all();
         self.reboot(power);
@@ -582,15 +603,8 @@ impl Run {
         self.lost = false;
         self.setup.end_trouble(&self.host);
         self.check_metadata("after a cut", false);
-        let disk = match self
-            .setup
-            .options()
-            .read_only(true)
-            .open_on(IMAGE, std::sync::Arc::new(self.host.clone()))
-        {
-            Ok(disk) => disk,
-            Err(error) => self.fail(&format!("does not open after a cut: {error}")),
-        };
+        let disk = self.open_read_only("after a cut");
+        self.check_extras(&disk, false);
         let size = disk.size();
         let mut bytes = vec![0xa5; size as usize];
         if let Err(error) = disk.read_at(&mut bytes, 0) {
@@ -605,6 +619,14 @@ impl Run {
         }
         if self.judged_by_qemu {
             self.judge(&bytes);
+        }
+    }
+
+    fn open_read_only(&self, when: &str) -> Disk {
+        let options = self.setup.options().read_only(true);
+        match options.open_on(IMAGE, std::sync::Arc::new(self.host.clone())) {
+            Ok(disk) => disk,
+            Err(error) => self.fail(&format!("does not open {when}: {error}")),
         }
     }
 
@@ -649,10 +671,14 @@ impl Run {
         }
         let image: PathBuf = dir.path().join(IMAGE);
         let format = self.setup.format.name();
-        if self.setup.format == Format::Qcow2 && !self.setup.lazy {
+        // Not read through the simulation, which would go on differently then.
+        let marked =
+            || is_marked(&Header::parse_for_check(&std::fs::read(&image).unwrap()).unwrap());
+        if self.setup.format == Format::Qcow2 && !marked() {
             let output = Command::new("qemu-img")
                 .args(["check", "-f", format])
                 .arg(&image)
+                .current_dir(&dir)
                 .output()
                 .unwrap();
             if !matches!(output.status.code(), Some(0 | 3)) {
@@ -667,6 +693,8 @@ impl Run {
         let output = Command::new("qemu-img")
             .args(["convert", "-f", format, "-O", "raw"])
             .args([&image, &plain])
+            // It looks for a data file from where it is.
+            .current_dir(&dir)
             .output()
             .unwrap();
         if !output.status.success() {

@@ -8,7 +8,7 @@ use block::{
     formats::qcow2::{
         check::{CheckReport, Repair, check},
         create::{CreateOptions, create, create_with_data_file},
-        header::{CompressionType, Header, Incompatible},
+        header::{CompressionType, ExtensionType, Header, Incompatible},
     },
     io::{
         Host, IoAlignment,
@@ -400,7 +400,7 @@ impl Setup {
             OfflineOptions::read(),
             async |io, file| {
                 let mut header = Header::read_for_check(io, file).await?;
-                if self.lazy && header.has(Incompatible::DIRTY) {
+                if is_marked(&header) {
                     // Not before the repair by the next open for writing.
                     return Ok(CheckReport::default());
                 }
@@ -438,4 +438,9 @@ impl Setup {
             }
         }
     }
+}
+
+/// Whether the image says that its counts are wrong, and is repaired by the next open for writing.
+pub(crate) fn is_marked(header: &Header) -> bool {
+    header.has(Incompatible::DIRTY) || header.extension(ExtensionType::UNFINISHED).is_some()
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
-    Qcow2, read_only,
+    Qcow2,
     snapshot::{SnapshotTable, ops::Editor},
 };
 use crate::{
@@ -21,14 +21,16 @@ impl Qcow2 {
         io: &Io,
         work: impl AsyncFnOnce(&mut Editor<'_>) -> Result<T>,
     ) -> Result<T> {
-        if !self.writable {
-            return Err(read_only());
-        }
+        self.check_writable()?;
         self.refcounts.end_packing();
         self.settle(io).await?;
         let mut header = lock(&self.header).clone();
         let editor = Editor::new(io, self.file, &mut header, &self.refcounts);
-        let result = work(&mut editor.punching(self.pass_discards.snapshot)).await;
+        let mut editor = editor.punching(self.pass_discards.snapshot);
+        let result = work(&mut editor).await;
+        if editor.is_torn() {
+            self.marks.set_torn();
+        }
         // Also after an error: tables on the disk may have changed, if only in their flags.
         self.slices.retire(0, u64::MAX);
         self.overlap.forget();

@@ -30,6 +30,8 @@ pub(super) struct Marks {
     dirty: AtomicBool,
     /// Corruption was met.
     corrupt: AtomicBool,
+    /// A change of the header failed, and so did taking it back.
+    torn: AtomicBool,
     /// Held by who changes the header in the file.
     header: Claims,
 }
@@ -51,6 +53,11 @@ impl Marks {
         self.corrupt.load(Ordering::Acquire)
     }
 
+    /// The file has an old header or a new one, and nobody knows which.
+    pub(super) fn set_torn(&self) {
+        self.torn.store(true, Ordering::Release);
+    }
+
     /// Nobody else changes the header in the file while this is held.
     pub(super) async fn claim_header(&self) -> Claim<'_> {
         self.header.claim(0, 1).await
@@ -58,7 +65,8 @@ impl Marks {
 }
 
 impl Qcow2 {
-    /// Refuses changes of an image that was opened for reading, or where corruption was met.
+    /// Refuses changes of an image that was opened for reading, where corruption was met, or whose header
+    /// is not known.
     pub(super) fn check_writable(&self) -> Result<()> {
         if !self.writable {
             return Err(read_only());
@@ -67,6 +75,13 @@ impl Qcow2 {
             return Err(Error::with_message(
                 ErrorKind::Io(libc::EIO),
                 "the image was marked corrupt: expected no more writes before it is repaired",
+            ));
+        }
+        if self.marks.torn.load(Ordering::Acquire) {
+            return Err(Error::with_message(
+                ErrorKind::Io(libc::EIO),
+                "a change of the header failed half-way: expected no more writes before the image is \
+                 opened again",
             ));
         }
         Ok(())

@@ -113,6 +113,8 @@ pub(in crate::formats::qcow2) struct Editor<'a> {
     was_dirty: bool,
     /// What a snapshot held alone gives its space back.
     pub(super) punches: bool,
+    /// The header could be neither changed nor put back: the file has one of the two.
+    torn: bool,
 }
 
 impl<'a> Editor<'a> {
@@ -129,6 +131,7 @@ impl<'a> Editor<'a> {
             file,
             geometry: Geometry::of(header),
             was_dirty: header.has(Incompatible::DIRTY),
+            torn: false,
             header,
             counts,
             punches: true,
@@ -182,6 +185,9 @@ impl<'a> Editor<'a> {
             .add_snapshot(&cleared, &mut table, snapshot, &mut taken)
             .await;
         if let Err(error) = result {
+            if self.torn {
+                return Err(error);
+            }
             // As before. Where even that fails, the dirty bit stays and the next open repairs.
             self.give_back(&cleared, taken).await?;
             self.set_copied(&cleared).await?;
@@ -233,6 +239,9 @@ impl<'a> Editor<'a> {
         let mut taken = Vec::new();
         let result = self.switch_l1(&l1, size, &mut taken).await;
         if let Err(error) = result {
+            if self.torn {
+                return Err(error);
+            }
             self.give_back(&l1, taken).await?;
             self.set_copied(&old).await?;
             self.end().await?;
@@ -253,15 +262,13 @@ impl<'a> Editor<'a> {
         self.add_references(l1, taken).await?;
         let offset = self.place(&l1_bytes(l1), taken).await?;
         self.write_counts().await?;
-        let before = self.header.clone();
-        self.header.l1_table_offset = offset;
-        self.header.l1_size = l1.len() as u32;
-        self.header.size = size;
-        let written = self.header.write(self.io, self.file).await;
-        if written.is_err() {
-            *self.header = before;
-        }
-        written
+        let entries = l1.len() as u32;
+        self.switch_header(taken, |header| {
+            header.l1_table_offset = offset;
+            header.l1_size = entries;
+            header.size = size;
+        })
+        .await
     }
 
     /// Deletes a snapshot.
@@ -280,6 +287,9 @@ impl<'a> Editor<'a> {
         self.begin().await?;
         let mut taken = Vec::new();
         if let Err(error) = self.switch_table(&table, &mut taken).await {
+            if self.torn {
+                return Err(error);
+            }
             self.give_back(&[], taken).await?;
             self.end().await?;
             return Err(error);
@@ -534,18 +544,42 @@ impl<'a> Editor<'a> {
         let offset = self.place(&table.to_bytes(), taken).await?;
         self.write_counts().await?;
         let before = self.header.clone();
-        self.header.snapshots_offset = offset;
-        self.header.nb_snapshots = table.snapshots.len() as u32;
-        let written = self.header.write(self.io, self.file).await;
-        if written.is_err() {
-            *self.header = before;
-            return written;
-        }
+        self.switch_header(taken, |header| {
+            header.snapshots_offset = offset;
+            header.nb_snapshots = table.snapshots.len() as u32;
+        })
+        .await?;
         // What is named now is not given back.
         taken.clear();
         self.release_bytes(before.snapshots_offset, table.len)
             .await?;
         self.write_counts().await
+    }
+
+    /// Changes the header. After an error it is put back: the file may have the new one all the same.
+    /// Where that fails too, everything that either of them names stays.
+    async fn switch_header(
+        &mut self,
+        taken: &mut Vec<Taken>,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
+        let before = self.header.clone();
+        change(self.header);
+        let Err(error) = self.header.write(self.io, self.file).await else {
+            return Ok(());
+        };
+        *self.header = before;
+        if let Err(second) = self.header.write(self.io, self.file).await {
+            tracing::warn!(error = %second, "the header is the old one or the new one");
+            taken.clear();
+            self.torn = true;
+        }
+        Err(error)
+    }
+
+    /// Whether it is not known which header the file has. Nothing more may be written to the image then.
+    pub(in crate::formats::qcow2) fn is_torn(&self) -> bool {
+        self.torn
     }
 
     /// Writes another snapshot table in the place of the one there is.
@@ -555,7 +589,7 @@ impl<'a> Editor<'a> {
     ) -> Result<()> {
         let mut taken = Vec::new();
         let result = self.switch_table(table, &mut taken).await;
-        if result.is_err() {
+        if result.is_err() && !self.torn {
             self.give_back(&[], taken).await?;
         }
         result
