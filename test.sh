@@ -2,7 +2,7 @@
 # The one test command. Needs a Debian machine, root (or everything in the list at `host_packages` installed) and Rust.
 #
 #   ./test.sh                  everything, as continuous integration does
-#   ./test.sh SECTION...       some of it: setup format lint docs unit differential iotests guest
+#   ./test.sh SECTION...       some of it: setup format lint docs unit differential iotests counts guest
 #
 #   setup          installs what is missing: a compiler and Python on the machine, QEMU and a guest below .cache/lab
 #   format         cargo fmt --check
@@ -11,6 +11,7 @@
 #   unit           the tests inside the crates, their examples and doc tests, and tests/ without the sections below
 #   differential   random operations side by side with qemu-img and qemu-io, which have to agree
 #   iotests        QEMU's own test suite, with platter in the place of qemu-img and qemu-io
+#   counts         instructions of the hot paths, beside those of benches/counts.txt
 #   guest          an unmodified Linux kernel and QEMU's vhost-user client on disks that platter serves
 #
 # Each section runs, whatever became of those before; the last line counts what passed and what failed.
@@ -18,10 +19,10 @@ set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")" || exit 1
 lab=$PWD/.cache/lab
 logs=$PWD/.cache/test
-all_sections="setup format lint docs unit differential iotests guest"
+all_sections="setup format lint docs unit differential iotests counts guest"
 
 # Programs that the tests need on the machine itself, and the packages that have them.
-host_packages="losetup:mount cc:gcc ld:binutils python3:python3 xz:xz-utils"
+host_packages="losetup:mount cc:gcc ld:binutils python3:python3 xz:xz-utils valgrind:valgrind"
 # Test programs of the root package that have a section of their own.
 lab_tests="guest vhost_client"
 
@@ -103,6 +104,10 @@ section_differential() {
 
 section_iotests() {
     tests/iotests/run.sh
+}
+
+section_counts() {
+    cargo bench --package platter-benches --locked --bench counts -- --check
 }
 
 section_guest() {

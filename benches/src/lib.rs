@@ -4,10 +4,12 @@
 //! time each, many times over; every pair of neighbouring slices gives one ratio. The machine may
 //! become slower or faster meanwhile: a pair hardly notices, and the median of the ratios less.
 
+pub mod cases;
 pub mod command;
 pub mod cpu;
 pub mod fio;
 pub mod load;
+pub mod memory;
 pub mod qemu;
 pub mod report;
 pub mod server;

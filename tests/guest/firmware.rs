@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::lab::function::FunctionServer;
-use crate::lab::{Process, Workplace, run, tail, tool};
+use crate::lab::{Process, Workplace, lab, run, tail, tool, wait_until};
 
 /// Emulation on a busy machine is slow.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -67,25 +68,31 @@ pub(crate) fn bootable(workplace: &Workplace, format: &str) -> PathBuf {
     image
 }
 
-/// Starts a machine with SeaBIOS and nothing but one PCI function; it must start from that.
-#[track_caller]
-pub(crate) fn starts_with_seabios(workplace: &Workplace, socket: &Path) {
-    let serial = workplace.file("serial");
+/// A machine with a serial port and nothing but one PCI function; the firmware is SeaBIOS unless more is said.
+fn machine(serial: &Path, socket: &Path, megabytes: u32) -> Command {
     let device = json!({"driver": "vfio-user-pci", "socket": {"type": "unix", "path": socket}});
     let mut command = tool("qemu-system-x86_64");
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-accel", "tcg", "-cpu", "max", "-m", "128"])
+        .args(["-accel", "tcg", "-cpu", "max", "-no-reboot"])
         .args(["-M", "q35,sata=off,smbus=off,memory-backend=memory"])
-        .args([
-            "-object",
-            "memory-backend-memfd,id=memory,size=128M,share=on",
-        ])
-        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
+        .args(["-m", &megabytes.to_string(), "-object"])
+        .arg(format!(
+            "memory-backend-memfd,id=memory,size={megabytes}M,share=on"
+        ))
         .arg("-serial")
         .arg(format!("file:{}", serial.display()))
         .arg("-device")
         .arg(device.to_string());
+    command
+}
+
+/// Starts a machine with SeaBIOS and nothing but one PCI function; it must start from that.
+#[track_caller]
+pub(crate) fn starts_with_seabios(workplace: &Workplace, socket: &Path) {
+    let serial = workplace.file("serial");
+    let mut command = machine(&serial, socket, 128);
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     let mut qemu = Process::background(&mut command, &workplace.file("qemu.log"));
     let status = qemu.wait(LIMIT);
     assert_eq!(
@@ -108,5 +115,76 @@ fn seabios_starts_from_nvme() {
     let arguments = ["--namespace", &namespace];
     let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
     starts_with_seabios(&workplace, server.socket(0));
+    server.stop();
+}
+
+/// What OVMF's shell runs: Linux, with its first file system from the same disk.
+const STARTUP: &str = "linux.efi initrd=\\initrd console=ttyS0 panic=-1 reboot=t\r\n";
+
+/// A disk with a FAT file system on which OVMF finds Linux.
+#[track_caller]
+fn with_linux(workplace: &Workplace) -> PathBuf {
+    let folder = workplace.file("fat");
+    fs::create_dir(&folder).expect("a folder");
+    let guest = lab().join("guest");
+    let version = fs::read_to_string(guest.join("version")).expect("the kernel's version");
+    let kernel = lab().join(format!("kernel/boot/vmlinuz-{}", version.trim()));
+    fs::copy(kernel, folder.join("linux.efi")).expect("the kernel");
+    fs::copy(guest.join("initramfs.cpio"), folder.join("initrd")).expect("the initramfs");
+    fs::write(folder.join("startup.nsh"), STARTUP).expect("a script");
+    let source =
+        json!({"driver": "raw", "file": {"driver": "vvfat", "dir": folder, "fat-type": 16}});
+    let image = workplace.file("linux.qcow2");
+    run(tool("qemu-img")
+        .args(["convert", &format!("json:{source}"), "-O", "qcow2"])
+        .arg(&image));
+    image
+}
+
+/// Starts a machine with OVMF and nothing but one PCI function; it must start Linux from that, whose own driver then
+/// finds the partition by the name of `disk`.
+#[track_caller]
+pub(crate) fn starts_with_ovmf(workplace: &Workplace, socket: &Path, disk: &str) {
+    let firmware = lab().join("root/usr/share/OVMF");
+    let variables = workplace.file("variables.fd");
+    fs::copy(firmware.join("OVMF_VARS_4M.fd"), &variables).expect("the variables of OVMF");
+    let serial = workplace.file("serial");
+    let mut command = machine(&serial, socket, 512);
+    for (file, access) in [
+        (firmware.join("OVMF_CODE_4M.fd"), "readonly=on"),
+        (variables, "readonly=off"),
+    ] {
+        command.arg("-drive").arg(format!(
+            "if=pflash,format=raw,{access},file={}",
+            file.display()
+        ));
+    }
+    let mut qemu = Process::background(&mut command, &workplace.file("qemu.log"));
+    let disk = format!("{disk}: p1");
+    let started = wait_until(LIMIT, || {
+        assert!(qemu.ended().is_none(), "QEMU ended\n{}", qemu.messages());
+        let printed = fs::read(&serial).unwrap_or_default();
+        let printed = String::from_utf8_lossy(&printed);
+        printed.contains("Run /init as init process") && printed.contains(&disk)
+    });
+    assert!(
+        started,
+        "{}\n--- serial port:\n{}",
+        qemu.messages(),
+        tail(&serial)
+    );
+    // It has no disk that it writes to, and nobody to talk to.
+    qemu.kill();
+}
+
+/// OVMF's NVMe driver reads Linux and its first file system, 40 MB, from a namespace.
+#[test]
+fn ovmf_starts_linux_from_nvme() {
+    let workplace = Workplace::new();
+    let image = with_linux(&workplace);
+    let namespace = format!("{},format=qcow2", image.display());
+    let arguments = ["--namespace", &namespace];
+    let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
+    starts_with_ovmf(&workplace, server.socket(0), "nvme0n1");
     server.stop();
 }

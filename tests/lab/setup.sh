@@ -66,7 +66,7 @@ main() {
 
 # fetch FOLDER : downloads the packages
 fetch() {
-    say "fetching packages of $suite and $newer (about 80 MB)"
+    say "fetching packages of $suite and $newer (about 90 MB)"
     local apt=$1/apt kernel
     debian_apt_init "$apt" deb "$suite" "$newer"
     # With everything they depend on, recommendations left out.
@@ -78,7 +78,7 @@ fetch() {
     kernel=$(debian_apt cache depends "linux-image-cloud-amd64/$suite" | awk '$1 == "Depends:" && $2 ~ /^linux-image/ && !seen++ { print $2 }')
     [ -n "$kernel" ] || die "$suite has no linux-image-cloud-amd64"
     (cd "$apt/archives" && retry debian_apt get download -qq "qemu-block-extra/$newer" "xfsprogs/$suite" "busybox-static/$suite" \
-        "hdparm/$suite" "smartmontools/$suite" "libcap-ng0/$suite")
+        "hdparm/$suite" "smartmontools/$suite" "libcap-ng0/$suite" "ovmf/$suite")
     mkdir -p "$apt/reference" "$apt/kernel"
     (cd "$apt/reference" && retry debian_apt get download -qq "qemu-utils/$suite")
     (cd "$apt/kernel" && retry debian_apt get download -qq "$kernel/$suite")
@@ -97,7 +97,8 @@ unpack() {
     say "unpacking beside the system"
     local into=$1 package program
     for package in "$into"/apt/archives/*.deb; do
-        extract "$package" "$into/root" './usr/bin/*' './usr/sbin/*' './usr/lib/*' './usr/lib64/*' './usr/share/qemu/*' './usr/share/seabios/*'
+        extract "$package" "$into/root" './usr/bin/*' './usr/sbin/*' './usr/lib/*' './usr/lib64/*' './usr/share/qemu/*' './usr/share/seabios/*' \
+            './usr/share/OVMF/*'
     done
     for package in "$into"/apt/reference/*.deb; do
         extract "$package" "$into/reference/root" './usr/bin/*'
@@ -235,6 +236,9 @@ prove() {
         *virtio-blk-vhost-user*) ;;
         *) die "qemu-img has no driver virtio-blk-vhost-user" ;;
     esac
+    for driver in OVMF_CODE_4M.fd OVMF_VARS_4M.fd; do
+        [ -e "$lab/root/usr/share/OVMF/$driver" ] || die "the package ovmf has no $driver"
+    done
     [ "$(head -c 4 "$lab/guest/vmlinux" | tail -c 3)" = ELF ] || die "the kernel did not unpack to an ELF file"
 }
 
