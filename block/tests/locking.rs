@@ -4,12 +4,17 @@
 mod qcow2_support;
 
 use std::{
+    fmt::Debug,
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
 };
 
-use block::{DiskFile, ErrorKind, FileGate, Locking, OpenOptions};
+use block::{
+    DiskFile, ErrorKind, FileGate, Format, Locking, OpenOptions,
+    io::sim::{SimConfig, SimHost},
+};
 use qcow2_support::{qemu_create, temp_dir, tool, try_tool};
 
 /// A qemu-io that has an image open until it is dropped.
@@ -243,4 +248,80 @@ fn a_killed_holder_is_waited_for_a_moment() {
     holder.0.kill().unwrap();
     waiting.join().unwrap().unwrap();
     tool("qemu-img", &["check", "-q", text(&path)]);
+}
+
+/// Counts warnings.
+#[derive(Default)]
+struct Warnings(Mutex<Vec<String>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Text(String);
+        impl tracing::field::Visit for Text {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn Debug) {
+                self.0 += &format!("{field}={value:?} ");
+            }
+        }
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        self.0.lock().unwrap().push(text.0);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_file_system_without_locks_warns_or_refuses() {
+    for errno in [libc::ENOLCK, libc::ENOSYS, libc::EINVAL, libc::EOPNOTSUPP] {
+        for read_only in [false, true] {
+            let mut config = SimConfig::seeded(1);
+            config.lock_errno = Some(errno);
+            let host = SimHost::new(config);
+            host.create("disk.img", &[0; 65536]);
+            let options = OpenOptions::new().format(Format::Raw).read_only(read_only);
+            let open = |locking| {
+                let options = options.clone().locking(locking);
+                options.open_on("disk.img", Arc::new(host.clone()))
+            };
+            let warnings = Arc::new(Warnings::default());
+            let opened = tracing::subscriber::with_default(Arc::clone(&warnings), || {
+                open(Locking::Auto).unwrap().close()
+            });
+            opened.unwrap();
+            let told = warnings.0.lock().unwrap().clone();
+            assert!(
+                told.len() == 1 && told[0].contains("disk.img") && told[0].contains("no locks"),
+                "{errno}: {told:?}"
+            );
+            let error = open(Locking::On).err().unwrap();
+            let text = error.to_string();
+            assert!(text.contains("disk.img: lock: "), "{errno}: {text}");
+            let warnings = Arc::new(Warnings::default());
+            tracing::subscriber::with_default(Arc::clone(&warnings), || {
+                open(Locking::Off).unwrap().close().unwrap();
+            });
+            assert!(warnings.0.lock().unwrap().is_empty(), "{errno}");
+        }
+    }
+    // A host that fails otherwise is an error, whatever was asked for.
+    let mut config = SimConfig::seeded(1);
+    config.lock_errno = Some(libc::EIO);
+    let host = SimHost::new(config);
+    host.create("disk.img", &[0; 65536]);
+    for locking in [Locking::Auto, Locking::On] {
+        let options = OpenOptions::new().format(Format::Raw).locking(locking);
+        let error = options
+            .open_on("disk.img", Arc::new(host.clone()))
+            .err()
+            .unwrap();
+        assert_eq!(error.kind(), ErrorKind::Io(libc::EIO), "{error}");
+    }
 }

@@ -38,6 +38,11 @@ pub trait SimulatedFile: Any + Send + Sync {
     /// When the simulation injects one.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// The `errno` with which the simulated file system refuses locks; `None` where it has them.
+    fn lock_errno(&self) -> Option<i32> {
+        None
+    }
+
     /// Itself, for the simulated engine.
     fn as_any(&self) -> &dyn Any;
 }
@@ -315,7 +320,13 @@ impl HostFile {
                 self.locked.store(true, Ordering::Release);
                 Ok(())
             }
-            Backend::Simulated(_) => Ok(()),
+            Backend::Simulated(file) => match file.lock_errno() {
+                None => Ok(()),
+                Some(errno) => {
+                    let error = io::Error::from_raw_os_error(errno);
+                    Err(fsinfo::lock_error(error, "consistent read"))
+                }
+            },
         }
     }
 

@@ -175,13 +175,18 @@ fn fcntl_lock(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::
 /// the byte for himself, is in the way.
 fn set_shared(file: &File, byte: i64, name: &'static str) -> Result<(), LockError> {
     let mut lock = flock(libc::F_RDLCK, byte, 1);
-    fcntl_lock(file, libc::F_OFD_SETLK, &mut lock).map_err(|error| match error.raw_os_error() {
+    fcntl_lock(file, libc::F_OFD_SETLK, &mut lock).map_err(|error| lock_error(error, name))
+}
+
+/// What the host's answer to a request for a lock means.
+pub(super) fn lock_error(error: io::Error, name: &'static str) -> LockError {
+    match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => LockError::NotShared(name),
         Some(libc::ENOLCK | libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP) => {
             LockError::Unsupported(error)
         }
         _ => LockError::Io(error),
-    })
+    }
 }
 
 /// Whether another open file description holds any lock on the byte.

@@ -6,6 +6,7 @@ use super::{
     Qcow2,
     change::Becomes,
     header::{Header, MAX_L1_SIZE},
+    l2::{L2Entry, Units},
 };
 use crate::{
     Error, GuestRange, Result,
@@ -67,6 +68,7 @@ impl Qcow2 {
             }
             self.clear_growth(io, old_size, size).await?;
             self.grow_data_file(io, size).await?;
+            self.map_growth(io, old_size, size).await?;
         }
         self.settle(io).await?;
         // Flushing may have moved the reference count table.
@@ -106,6 +108,36 @@ impl Qcow2 {
     async fn grow_data_file(&self, io: &Io, size: u64) -> Result<()> {
         if self.data_file != self.file && io.file_len(self.data_file)? < size {
             io.set_len(self.data_file, size).await?;
+        }
+        Ok(())
+    }
+
+    /// The clusters of a raw data file are mapped before they are written, as when the image was made:
+    /// what the disk reads is what the file has. An encrypted file is no disk by itself, and its new
+    /// clusters would read as noise.
+    async fn map_growth(&self, io: &Io, old_size: u64, size: u64) -> Result<()> {
+        if !self.raw_data || self.crypt.encryption.is_some() {
+            return Ok(());
+        }
+        let cluster_size = self.geometry.cluster_size();
+        let (mut first, end) = (old_size.div_ceil(cluster_size), size.div_ceil(cluster_size));
+        while first < end {
+            self.relieve(io).await?;
+            let stop = end.min(self.geometry.slice_end(first));
+            let _claim = self.claims.claim(first, stop).await;
+            let slice = self.l2_slice_for_change(io, first).await?;
+            let change = slice.change();
+            for cluster in first..stop {
+                let (raw, _) = self.read_change(&change, cluster)?;
+                if raw == L2Entry::default() {
+                    let host = self.geometry.start(cluster);
+                    // Its subclusters count as written with the first write.
+                    let entry = L2Entry::of_units(host, Units::NONE, Units::NONE, &self.geometry);
+                    self.set_l2_entry(&slice, &change, cluster, entry);
+                }
+            }
+            drop(change);
+            first = stop;
         }
         Ok(())
     }

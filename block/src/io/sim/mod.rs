@@ -71,6 +71,8 @@ pub struct SimConfig {
     pub sector: u32,
     /// What files opened for direct I/O demand.
     pub alignment: IoAlignment,
+    /// The `errno` with which the file system refuses locks; `None` where it has them.
+    pub lock_errno: Option<i32>,
 }
 
 impl Default for SimConfig {
@@ -89,6 +91,7 @@ impl Default for SimConfig {
                 memory: 512,
                 offset: 512,
             },
+            lock_errno: None,
         }
     }
 }
@@ -426,6 +429,10 @@ impl SimulatedFile for SimFile {
         }
         world.files[self.index].set_len(len);
         Ok(())
+    }
+
+    fn lock_errno(&self) -> Option<i32> {
+        lock(&self.world).config.lock_errno
     }
 
     fn as_any(&self) -> &dyn Any {
