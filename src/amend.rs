@@ -127,18 +127,20 @@ pub(crate) fn run(args: &AmendArgs, persona: Persona) -> Outcome {
     if args.options.is_empty() {
         return Err(Failure::usage("amend", "Must specify options (-o)"));
     }
-    let mut options = KeyVals::default();
-    for list in &args.options {
-        if list == "help" || list == "?" {
-            return help(args);
-        }
-        options.extend(KeyVals::parse(list, None));
+    if args
+        .options
+        .iter()
+        .any(|list| list == "help" || list == "?")
+    {
+        return help(args);
     }
+    let mut options = KeyVals::of_lists(&args.options).map_err(Failure::new)?;
     let [file] = args.files.as_slice() else {
         return Err(Failure::usage("amend", "Expecting one image file name"));
     };
     let format = args.format.as_deref();
     let spec = ImageSpec::parse(file, args.image_opts, format, persona)?;
+    open::check_offline(&spec).map_err(Failure::new)?;
     let cache = open::cache_mode(&args.cache)?;
     // As every other command opens it: locked, its options checked, repaired if need be.
     let how = OpenHow {

@@ -30,7 +30,7 @@ use crate::{
     resize::ResizeArgs,
     serve::ServeArgs,
     snapshot::SnapshotArgs,
-    util::{failure::Outcome, persona::Persona},
+    util::{failure::Outcome, persona::Persona, tell},
 };
 
 /// Inspect, convert, check, benchmark and serve disk images.
@@ -252,15 +252,20 @@ fn tell_as_qemu(error: &clap::Error, persona: Persona) {
 
 /// Sends what the libraries report to standard error.
 fn start_tracing(verbose: u8, persona: Persona) {
-    use tracing_subscriber::EnvFilter;
+    use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
     let level = match verbose {
-        // QEMU's programs say nothing but what their callers expect.
-        0 if persona.is_qemu() => "off",
         0 => "warn",
         1 => "info",
         2 => "debug",
         _ => "trace",
     };
+    if persona.is_qemu() && std::env::var_os("RUST_LOG").is_none() {
+        // Nobody else sets a subscriber in this program; a second one would only be refused.
+        let _ = tracing_subscriber::registry()
+            .with(tell::Corruption)
+            .try_init();
+        return;
+    }
     let filter = match std::env::var("RUST_LOG") {
         Ok(text) if verbose == 0 && !text.is_empty() => EnvFilter::new(text),
         _ => EnvFilter::new(level),

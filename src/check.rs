@@ -88,7 +88,7 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
     open::cache_mode(&args.cache)?;
     let cannot_open = |error: block::Error| {
         let reason = open::explain(&error, &spec.path, persona);
-        could_not_open(&spec.display().to_string(), &reason, persona)
+        could_not_open(&spec.display(), &reason, persona)
     };
     let format = match spec.format {
         Some(format) => format,
@@ -97,6 +97,7 @@ pub(crate) fn run(args: &CheckArgs, persona: Persona) -> Outcome {
     if format != Format::Qcow2 {
         return Err(Failure::new("This image format does not support checks").status(63));
     }
+    open::check_offline(&spec).map_err(Failure::new)?;
     let as_json = args.output == "json";
     let mut tell = |line: &str| {
         // Repairs are told on the standard output, what is wrong on the standard error.

@@ -61,15 +61,16 @@ pub(crate) struct CreateArgs {
 
 /// Runs the command.
 pub(crate) fn run(args: &CreateArgs, persona: Persona) -> Outcome {
-    let mut options = KeyVals::default();
-    for list in &args.options {
-        if list == "help" || list == "?" {
-            let format = known(&args.format).map_err(Failure::new)?;
-            say!("{}", create::describe_options(format));
-            return Ok(0);
-        }
-        options.extend(KeyVals::parse(list, None));
+    if args
+        .options
+        .iter()
+        .any(|list| list == "help" || list == "?")
+    {
+        let format = known(&args.format).map_err(Failure::new)?;
+        say!("{}", create::describe_options(format));
+        return Ok(0);
     }
+    let mut options = KeyVals::of_lists(&args.options).map_err(Failure::new)?;
     let (name, size) = match args.names.as_slice() {
         [name] => (name, None),
         [name, size] => (name, Some(parse_size(size)?)),

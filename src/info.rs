@@ -260,12 +260,12 @@ pub(crate) fn print_specific(info: &ImageInfo, indent: usize) {
 fn in_order(map: &Map<String, Value>) -> Vec<(&String, &Value)> {
     let order = [
         "compat",
-        "data-file",
-        "data-file-raw",
         "compression-type",
         "lazy-refcounts",
         "bitmaps",
         "refcount-bits",
+        "data-file",
+        "data-file-raw",
         "corrupt",
         "encrypt",
         "extended-l2",

@@ -102,9 +102,9 @@ pub(crate) fn run(args: &ResizeArgs, persona: Persona) -> Outcome {
         ));
     }
     let failed = |error: block::Error| Failure::new(bitmaps::explain(&error, persona));
-    if wanted < current && preallocation.is_some() {
+    if wanted <= current && preallocation.is_some() {
         return Err(Failure::new(
-            "Preallocation can't be used for shrinking an image",
+            "Preallocation can only be used for growing images",
         ));
     }
     if preallocation == Some(Preallocate::Metadata) && disk.format() == Format::Raw {

@@ -7,6 +7,7 @@ use crate::{
     image::{
         maintenance::{self, SnapshotAction},
         open::{self, OpenHow, ShareArgs},
+        qcow2_options,
         spec::{ImageSpec, could_not_open},
     },
     util::{
@@ -100,6 +101,13 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
         None => maintenance::format_of(&spec.path)
             .map_err(|error| cannot_open(&spec, &error, persona))?,
     };
+    open::check_offline(&spec).map_err(Failure::new)?;
+    let passed = qcow2_options::take_pass_discards(&mut spec.options.clone());
+    if !passed.map_err(Failure::new)?.snapshot {
+        return Err(Failure::new(
+            "pass-discard-snapshot: off, expected on: what a snapshot held alone gives its space back",
+        ));
+    }
     let done = if format == Format::Qcow2 {
         maintenance::snapshot(&spec.path, action, name)
     } else {
@@ -111,7 +119,7 @@ pub(crate) fn run(args: &SnapshotArgs, persona: Persona) -> Outcome {
 
 fn cannot_open(spec: &ImageSpec, error: &Error, persona: Persona) -> Failure {
     let reason = open::explain(error, &spec.path, persona);
-    could_not_open(&spec.display().to_string(), &reason, persona)
+    could_not_open(&spec.display(), &reason, persona)
 }
 
 fn refuse(action: SnapshotAction, name: &str, error: &Error) -> Failure {

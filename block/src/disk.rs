@@ -336,6 +336,7 @@ impl DiskFile for Disk {
                     "block status of {len} bytes at {offset}: expected a range inside {size} bytes"
                 )));
             }
+            io.inject_status(offset, len)?;
             image.block_status(io, GuestRange::new(offset, len)).await
         })
         .map_err(|error| error.path(self.path()))

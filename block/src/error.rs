@@ -246,6 +246,12 @@ impl Error {
         }
     }
 
+    /// The offset that the error is about, in bytes.
+    #[must_use]
+    pub fn position(&self) -> Option<u64> {
+        self.0.offset
+    }
+
     /// The file that the error is about.
     #[must_use]
     pub fn file(&self) -> Option<&Path> {

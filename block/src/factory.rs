@@ -224,6 +224,8 @@ impl Opener<'_> {
                 data_file,
                 discard_no_unref: top && self.options.discard_no_unref,
                 lazy_refcounts: self.options.lazy_refcounts,
+                pass_discards: self.options.pass_discards,
+                overlap_checks: self.options.overlap_checks,
                 unlock: self.options.unlock(depth),
             };
             let image: LocalFuture<'_, Result<Arc<dyn Image>>> = Box::pin(async move {
@@ -332,7 +334,12 @@ impl Opener<'_> {
         } else {
             FileRole::Clusters
         };
-        Ok(Some(self.io.core.add_file(file, role)))
+        let id = self.io.core.add_file(file, role);
+        if top {
+            // There is one image on top, and it has one data file.
+            let _ = self.io.core.faults.data_file_id.set(id);
+        }
+        Ok(Some(id))
     }
 
     async fn open_backing(

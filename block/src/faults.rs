@@ -8,11 +8,15 @@
 use std::{
     collections::HashMap,
     future::poll_fn,
-    sync::Mutex,
+    sync::{Arc, Mutex, OnceLock},
     task::{Poll, Waker},
 };
 
-use crate::{Error, ErrorKind, FileId, Result, io::Io, sync::lock};
+use crate::{
+    Error, ErrorKind, FileId, Result,
+    io::{Io, RequestOp},
+    sync::lock,
+};
 
 /// Something that happens between an image and the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -196,7 +200,7 @@ struct State {
     told: Vec<String>,
 }
 
-/// The rules for the file of one image.
+/// The rules for one place: the file of an image, its data file, or the disk itself.
 #[derive(Debug, Default)]
 pub struct Faults {
     state: Mutex<State>,
@@ -333,7 +337,51 @@ impl Faults {
     }
 }
 
+/// Where a disk has faults.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FaultPlaces {
+    /// Between the image and its file.
+    pub(crate) file: Option<Arc<Faults>>,
+    /// Between the image and its data file.
+    pub(crate) data_file: Option<Arc<Faults>>,
+    /// Above the image: what is asked of the disk fails.
+    pub(crate) requests: Option<Arc<Faults>>,
+    /// The data file, once it is open.
+    pub(crate) data_file_id: OnceLock<FileId>,
+}
+
+impl FaultPlaces {
+    /// Whether there are any.
+    pub(crate) fn any(&self) -> bool {
+        self.file.is_some() || self.data_file.is_some() || self.requests.is_some()
+    }
+}
+
 impl Io {
+    /// Fails where a rule says that a request does.
+    pub(crate) fn inject_request(&self, op: &RequestOp) -> Result<(), ErrorKind> {
+        let Some(faults) = &self.core.faults.requests else {
+            return Ok(());
+        };
+        let (operation, offset, len) = match op {
+            RequestOp::Read { offset, buffers } => (Operation::Read, *offset, buffers.len()),
+            RequestOp::Write {
+                offset, buffers, ..
+            } => (Operation::Write, *offset, buffers.len()),
+            RequestOp::Discard { offset, len } => (Operation::Discard, *offset, *len),
+            RequestOp::WriteZeroes { offset, len, .. } => (Operation::WriteZeroes, *offset, *len),
+            RequestOp::Flush => (Operation::Flush, 0, 0),
+        };
+        faults.check(operation, offset, len).map_or(Ok(()), Err)
+    }
+
+    /// Fails where a rule says that asking for the state of a range does.
+    pub(crate) fn inject_status(&self, offset: u64, len: u64) -> Result<(), ErrorKind> {
+        let faults = self.core.faults.requests.as_ref();
+        let error = faults.and_then(|rules| rules.check(Operation::BlockStatus, offset, len));
+        error.map_or(Ok(()), Err)
+    }
+
     /// Says that something happens on a file of the disk.
     pub(crate) async fn event(&self, file: FileId, event: Event) {
         if let Some(faults) = self.faults_of(file) {
@@ -355,9 +403,16 @@ impl Io {
         error.map_or(Ok(()), Err)
     }
 
-    /// The rules for a file: only the image's own, which is the first, has any.
+    /// The rules for a file: only the image's own, which is the first, and its data file have any.
     fn faults_of(&self, file: FileId) -> Option<&Faults> {
-        self.core.faults.as_deref().filter(|_| file == FileId(0))
+        let places = &self.core.faults;
+        if file == FileId(0) {
+            places.file.as_deref()
+        } else if places.data_file_id.get() == Some(&file) {
+            places.data_file.as_deref()
+        } else {
+            None
+        }
     }
 }
 

@@ -53,6 +53,8 @@ pub use extras::{BitmapChange, BitmapInfo, DiskExtras, NewSnapshot};
 pub use factory::open_disk_file;
 pub use gate::FileGate;
 pub use host::HostDisk;
-pub use options::{CacheMode, DetectZeroes, DiscardPolicy, Locking, OpenOptions};
+pub use options::{
+    CacheMode, DetectZeroes, DiscardPolicy, Locking, OpenOptions, OverlapChecks, PassDiscards,
+};
 pub use sync::LocalFuture;
 pub use types::{FileId, Format, GuestOffset, GuestRange, HostOffset};

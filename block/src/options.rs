@@ -9,7 +9,7 @@ use std::{
 use crate::{
     Format,
     crypto::{Secret, Unlock},
-    faults::Faults,
+    faults::{FaultPlaces, Faults},
     gate::FileGate,
     io::EngineKind,
 };
@@ -79,6 +79,115 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+/// Which kinds of metadata of a qcow2 image are guarded against being overwritten. The names are QEMU's;
+/// by default all are but the L2 tables of snapshots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each kind is checked or not, and any mix is possible"
+)]
+pub struct OverlapChecks {
+    /// The header.
+    pub main_header: bool,
+    /// The L1 table of the disk.
+    pub active_l1: bool,
+    /// The L2 tables of the disk.
+    pub active_l2: bool,
+    /// The reference count table.
+    pub refcount_table: bool,
+    /// The reference count blocks.
+    pub refcount_block: bool,
+    /// The table of snapshots.
+    pub snapshot_table: bool,
+    /// The L1 tables of snapshots.
+    pub inactive_l1: bool,
+    /// The L2 tables of snapshots: they are read when the image is changed for the first time.
+    pub inactive_l2: bool,
+    /// The directory of bitmaps.
+    pub bitmap_directory: bool,
+}
+
+impl Default for OverlapChecks {
+    fn default() -> Self {
+        let mut checks = Self::all(true);
+        checks.inactive_l2 = false;
+        checks
+    }
+}
+
+impl OverlapChecks {
+    const fn all(on: bool) -> Self {
+        Self {
+            main_header: on,
+            active_l1: on,
+            active_l2: on,
+            refcount_table: on,
+            refcount_block: on,
+            snapshot_table: on,
+            inactive_l1: on,
+            inactive_l2: on,
+            bitmap_directory: on,
+        }
+    }
+
+    /// The checks that QEMU calls `none`, `constant` (of what has one place), `cached` (of what needs no
+    /// reading) and `all`.
+    #[must_use]
+    pub fn from_template(name: &str) -> Option<Self> {
+        Some(match name {
+            "none" => Self::all(false),
+            "constant" => Self {
+                active_l2: false,
+                refcount_block: false,
+                inactive_l1: false,
+                inactive_l2: false,
+                ..Self::all(true)
+            },
+            "cached" => Self::default(),
+            "all" => Self::all(true),
+            _ => return None,
+        })
+    }
+
+    /// The check of that name, to be switched.
+    pub fn by_name(&mut self, name: &str) -> Option<&mut bool> {
+        Some(match name {
+            "main-header" => &mut self.main_header,
+            "active-l1" => &mut self.active_l1,
+            "active-l2" => &mut self.active_l2,
+            "refcount-table" => &mut self.refcount_table,
+            "refcount-block" => &mut self.refcount_block,
+            "snapshot-table" => &mut self.snapshot_table,
+            "inactive-l1" => &mut self.inactive_l1,
+            "inactive-l2" => &mut self.inactive_l2,
+            "bitmap-directory" => &mut self.bitmap_directory,
+            _ => return None,
+        })
+    }
+}
+
+/// Which freed clusters of a qcow2 image give their space back to the host at once; others keep it until
+/// they are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassDiscards {
+    /// Those that the guest discards, unless [`DiscardPolicy::Ignore`] drops its requests anyway.
+    pub request: bool,
+    /// Those that a snapshot held alone, when it is deleted, and the disk, when it goes back to one.
+    pub snapshot: bool,
+    /// Those that lose their last reference for other reasons: tables and data that were replaced.
+    pub other: bool,
+}
+
+impl Default for PassDiscards {
+    fn default() -> Self {
+        Self {
+            request: true,
+            snapshot: true,
+            other: false,
+        }
+    }
+}
+
 /// Which backing file to use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Backing {
@@ -118,6 +227,8 @@ pub struct OpenOptions {
     pub(crate) force_share: bool,
     pub(crate) discard: DiscardPolicy,
     pub(crate) discard_no_unref: bool,
+    pub(crate) pass_discards: PassDiscards,
+    pub(crate) overlap_checks: OverlapChecks,
     pub(crate) lazy_refcounts: Option<bool>,
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) backing: Backing,
@@ -128,7 +239,7 @@ pub struct OpenOptions {
     pub(crate) allow_probed_backing: bool,
     pub(crate) allow_corrupt: bool,
     pub(crate) writable_depth: Option<usize>,
-    pub(crate) faults: Option<Arc<Faults>>,
+    pub(crate) faults: FaultPlaces,
     pub(crate) lock_wait: Duration,
     /// Of the image, then of each image below.
     pub(crate) keys: Vec<Option<Secret>>,
@@ -153,6 +264,8 @@ impl Default for OpenOptions {
             force_share: false,
             discard: DiscardPolicy::Unmap,
             discard_no_unref: false,
+            pass_discards: PassDiscards::default(),
+            overlap_checks: OverlapChecks::default(),
             lazy_refcounts: None,
             detect_zeroes: DetectZeroes::Off,
             backing: Backing::Header,
@@ -163,7 +276,7 @@ impl Default for OpenOptions {
             allow_probed_backing: false,
             allow_corrupt: false,
             writable_depth: None,
-            faults: None,
+            faults: FaultPlaces::default(),
             lock_wait: Duration::ZERO,
             keys: Vec::new(),
             locked: false,
@@ -361,7 +474,36 @@ impl OpenOptions {
     /// Make operations on the image's own file fail, for tests.
     #[must_use]
     pub fn faults(mut self, faults: Arc<Faults>) -> Self {
-        self.faults = Some(faults);
+        self.faults.file = Some(faults);
+        self
+    }
+
+    /// Which freed clusters of the image give their space back at once.
+    #[must_use]
+    pub fn pass_discards(mut self, which: PassDiscards) -> Self {
+        self.pass_discards = which;
+        self
+    }
+
+    /// Which metadata of the image is guarded against being overwritten.
+    #[must_use]
+    pub fn overlap_checks(mut self, checks: OverlapChecks) -> Self {
+        self.overlap_checks = checks;
+        self
+    }
+
+    /// Make operations on the image's data file fail, as the rules say.
+    #[must_use]
+    pub fn data_file_faults(mut self, faults: Arc<Faults>) -> Self {
+        self.faults.data_file = Some(faults);
+        self
+    }
+
+    /// Make requests to the disk fail, as the rules say: offsets are those of the disk. Of the events only
+    /// [`Event::None`](crate::faults::Event::None) comes.
+    #[must_use]
+    pub fn request_faults(mut self, faults: Arc<Faults>) -> Self {
+        self.faults.requests = Some(faults);
         self
     }
 

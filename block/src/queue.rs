@@ -213,7 +213,7 @@ impl QueueInner {
         intent: Intent,
         dsync: bool,
     ) -> Result<(), Buffers> {
-        if self.io.core.faults.is_some() {
+        if self.io.core.faults.any() {
             return Err(buffers);
         }
         let mut extents = self.extents.borrow_mut();

@@ -99,6 +99,7 @@ pub(crate) fn check(served: &Served, op: &RequestOp) -> Result<(), ErrorKind> {
 
 /// Serves a request that [`check`] found good, from start to end.
 pub(crate) async fn serve(served: &Served, io: &Io, op: &RequestOp) -> Result<()> {
+    io.inject_request(op)?;
     match op {
         RequestOp::Read { offset, buffers } => {
             let range = GuestRange::new(*offset, buffers.len());

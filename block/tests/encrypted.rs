@@ -149,7 +149,7 @@ fn create_luks(path: &Path, luks: LuksOptions, size: u64) {
         size,
         luks,
         secret: secret(),
-        allocate: false,
+        preallocation: luks::create::Preallocation::Off,
     };
     with_file(path, OfflineOptions::create(), async |io, file| {
         luks::create::create(io, file, &options).await

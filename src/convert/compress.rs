@@ -11,7 +11,7 @@ use block::DiskFile;
 use crate::{
     convert::{
         Job,
-        scan::{self, Kind, Run, Scanned},
+        scan::{self, Kind, Run, SECTOR, Scanned},
     },
     util::{
         bytes,
@@ -40,7 +40,8 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
     std::thread::scope(|scope| {
         let (sources, from, stop) = (&sources, &from, &stop);
         scope.spawn(move || {
-            scan::run(sources, job.target_has_backing, cluster, cluster, &to);
+            let look = job.look(cluster, cluster);
+            scan::run(sources, look, &mut |run| to.send(run).is_ok());
         });
         for _ in 0..job.parallel {
             let done = done.clone();
@@ -51,6 +52,9 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
                     let Ok(Ok(next)) = next else { break };
                     let result = next.and_then(|run| {
                         interrupt::check()?;
+                        if let Some(kind) = run.unknown {
+                            job.warn("block status at offset", run.offset, kind);
+                        }
                         copy_run(job, sources, &run, &mut buf)?;
                         Ok(run.len)
                     });
@@ -136,7 +140,14 @@ fn read(job: &Job, source: &dyn DiskFile, buf: &mut [u8], offset: u64) -> Outcom
             "error while reading at byte {offset}: {error}"
         )));
     }
-    buf.fill(0);
+    // As much as can be had, a sector at a time.
+    for (sector, buf) in buf.chunks_mut(SECTOR as usize).enumerate() {
+        let at = offset + sector as u64 * SECTOR;
+        if let Err(error) = source.read_at(buf, at) {
+            job.warn("offset", at, error.kind());
+            buf.fill(0);
+        }
+    }
     Ok(())
 }
 

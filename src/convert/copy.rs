@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::{
     convert::{
         Job,
-        scan::{self, Kind, Run, Scanned},
+        scan::{self, Kind, Look, Run, SECTOR, Scanned},
     },
     util::{
         bytes, errno,
@@ -32,6 +32,8 @@ const QUEUE_DEPTH: u32 = 256;
 
 enum State {
     Reading,
+    /// The chunk could not be read as a whole: it is read by sectors, and so far the buffer is filled.
+    Salvaging(AlignedBuf, u64),
     Read(AlignedBuf),
     /// Writing; so many pieces are not done.
     Writing(usize),
@@ -40,6 +42,8 @@ enum State {
 struct Chunk {
     run: Run,
     state: State,
+    /// Sectors that could not be read, by their offsets in the source.
+    lost: Vec<(u64, ErrorKind)>,
 }
 
 struct Copy<'a> {
@@ -63,21 +67,74 @@ struct Copy<'a> {
     spare: Vec<AlignedBuf>,
 }
 
-/// Copies everything.
-pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
-    let failed = |error: block::Error| Failure::new(error.to_string());
-    let scanned = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
+/// The sources, for the scanner.
+fn scanned(job: &Job) -> Outcome<Vec<Scanned>> {
+    let one = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
         Ok(Scanned {
-            disk: disk.try_clone().map_err(failed)?,
+            disk: disk
+                .try_clone()
+                .map_err(|error| Failure::new(error.to_string()))?,
             start: *start,
         })
     };
-    let scanned: Vec<Scanned> = job.sources.iter().map(scanned).collect::<Outcome<_>>()?;
+    job.sources.iter().map(one).collect()
+}
+
+impl Job {
+    /// How the sources are looked through for a plain copy.
+    fn look_for_copy(&self) -> Look {
+        let unit = if self.salvage {
+            // What cannot be found out is told by the sector.
+            SECTOR
+        } else {
+            self.sparse.clamp(SECTOR, CHUNK).next_power_of_two()
+        };
+        self.look(unit, CHUNK)
+    }
+
+    /// Whether a run is work: what only has to be passed over is none.
+    fn is_work(&self, run: &Run) -> bool {
+        match run.kind {
+            Kind::Data => true,
+            Kind::Zero => self.sparse == 0 || !self.target_is_zero,
+            Kind::Skip => false,
+        }
+    }
+}
+
+/// The bytes to be copied, which are looked for only if progress is to be shown. QEMU looks always, and
+/// says what it cannot find out.
+pub(super) fn work(job: &Job, shown: bool) -> Outcome<u64> {
+    let tells = job.salvage && job.persona.is_qemu();
+    let mut sum = 0u64;
+    if !shown && !tells {
+        return Ok(sum);
+    }
+    let mut result = Ok(());
+    scan::run(&scanned(job)?, job.look_for_copy(), &mut |run| match run {
+        Ok(run) => {
+            if let Some(kind) = run.unknown.filter(|_| tells) {
+                job.warn("block status at offset", run.offset, kind);
+            }
+            sum += if job.is_work(&run) { run.len } else { 0 };
+            true
+        }
+        Err(failure) => {
+            result = Err(failure);
+            false
+        }
+    });
+    result.map(|()| sum)
+}
+
+/// Copies everything.
+pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
+    let failed = |error: block::Error| Failure::new(error.to_string());
+    let scanned = scanned(job)?;
     let (to, runs) = mpsc::sync_channel(256);
-    let unit = job.sparse.clamp(512, CHUNK).next_power_of_two();
+    let look = job.look_for_copy();
     std::thread::scope(|scope| {
-        let backing = job.target_has_backing;
-        scope.spawn(move || scan::run(&scanned, backing, unit, CHUNK, &to));
+        scope.spawn(move || scan::run(&scanned, look, &mut |run| to.send(run).is_ok()));
         let queue = |disk: &dyn AsyncDiskFile| disk.create_async_io(QUEUE_DEPTH).map_err(failed);
         let sources: Vec<_> = job
             .sources
@@ -103,6 +160,49 @@ pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
         };
         copy.run()
     })
+}
+
+impl Chunk {
+    /// A read has ended. Where a whole chunk fails, and what can be had is to be had, each sector is read
+    /// alone; what cannot be had is zeroes.
+    fn has_read(
+        &mut self,
+        id: u64,
+        result: Result<(), ErrorKind>,
+        buf: Option<AlignedBuf>,
+        salvage: bool,
+        reads: &mut Vec<Request>,
+    ) -> Outcome<()> {
+        let buf = buf.unwrap_or_else(|| AlignedBuf::zeroed(0));
+        let state = std::mem::replace(&mut self.state, State::Reading);
+        let (whole, filled) = match (state, result) {
+            (State::Salvaging(mut whole, filled), result) => {
+                match result {
+                    Ok(()) => whole[filled as usize..][..buf.len()].copy_from_slice(&buf),
+                    Err(kind) => self.lost.push((self.run.offset + filled, kind)),
+                }
+                (whole, filled + SECTOR)
+            }
+            (_, Ok(())) => {
+                self.state = State::Read(buf);
+                return Ok(());
+            }
+            (_, Err(_)) if salvage => (AlignedBuf::zeroed(self.run.len as usize), 0),
+            (_, Err(kind)) => return Err(failed("reading", self.run.offset, kind)),
+        };
+        if filled >= self.run.len {
+            self.state = State::Read(whole);
+            return Ok(());
+        }
+        let len = SECTOR.min(self.run.len - filled);
+        let op = RequestOp::Read {
+            offset: self.run.offset + filled,
+            buffers: Buffers::owned(AlignedBuf::zeroed(len as usize)),
+        };
+        reads.push(Request { id, op });
+        self.state = State::Salvaging(whole, filled);
+        Ok(())
+    }
 }
 
 impl Copy<'_> {
@@ -159,7 +259,11 @@ impl Copy<'_> {
                     State::Reading
                 }
             };
-            self.chunks.push_back(Chunk { run, state });
+            self.chunks.push_back(Chunk {
+                run,
+                state,
+                lost: Vec::new(),
+            });
         }
         Ok(())
     }
@@ -187,6 +291,7 @@ impl Copy<'_> {
                     ..*run
                 },
                 state: State::Read(AlignedBuf::zeroed(len as usize)),
+                lost: Vec::new(),
             });
             at += len;
         }
@@ -202,8 +307,8 @@ impl Copy<'_> {
                     let pieces = self.write(self.first + at as u64, &run, buf);
                     self.chunks[at].state = State::Writing(pieces);
                 }
-                State::Reading if self.job.in_order => return,
-                State::Reading | State::Writing(_) => {}
+                State::Reading | State::Salvaging(..) if self.job.in_order => return,
+                State::Reading | State::Salvaging(..) | State::Writing(_) => {}
             }
         }
     }
@@ -290,17 +395,15 @@ impl Copy<'_> {
             let Some(chunk) = self.chunks.get_mut((completion.id - self.first) as usize) else {
                 continue;
             };
-            let len = chunk.run.len as usize;
             let buf = completion.buffers.and_then(Buffers::into_owned);
-            let buf = match (completion.result, buf) {
-                (Ok(()), Some(buf)) => buf,
-                (Err(_), _) if self.job.salvage => AlignedBuf::zeroed(len),
-                (result, _) => {
-                    let kind = result.err().unwrap_or(ErrorKind::Io(libc::EIO));
-                    return Err(failed("reading", chunk.run.offset, kind));
-                }
-            };
-            chunk.state = State::Read(buf);
+            let batch = &mut self.reads[chunk.run.source];
+            chunk.has_read(
+                completion.id,
+                completion.result,
+                buf,
+                self.job.salvage,
+                batch,
+            )?;
         }
         self.target.reap(&mut reaped);
         moved |= !reaped.is_empty();
@@ -330,10 +433,19 @@ impl Copy<'_> {
         while let Some(Chunk {
             state: State::Writing(0),
             run,
+            lost,
         }) = self.chunks.front()
         {
             self.done += run.len;
-            self.progress.advance(run.len);
+            if self.job.is_work(run) {
+                self.progress.advance(run.len);
+            }
+            if let Some(kind) = run.unknown {
+                self.job.warn("block status at offset", run.offset, kind);
+            }
+            for (offset, kind) in lost {
+                self.job.warn("offset", *offset, *kind);
+            }
             self.job.keep_rate(self.done);
             self.chunks.pop_front();
             self.first += 1;

@@ -7,7 +7,7 @@ mod scan;
 
 use std::{path::PathBuf, time::Instant};
 
-use block::{AsyncDiskFile, CacheMode, Format, io::EngineKind};
+use block::{AsyncDiskFile, CacheMode, ErrorKind, Format, io::EngineKind};
 use clap::Args;
 
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
         spec::{ImageSpec, could_not_open},
     },
     util::{
+        errno,
         failure::{Failure, Outcome},
         interrupt,
         keyval::KeyVals,
@@ -27,6 +28,8 @@ use crate::{
         size,
     },
 };
+
+use scan::Look;
 
 /// Copy a disk into another image, changing its format or making it smaller
 #[derive(Args, Debug)]
@@ -143,6 +146,7 @@ pub(crate) struct Job {
     salvage: bool,
     rate: Option<u64>,
     started: Instant,
+    persona: Persona,
 }
 
 /// Runs the command.
@@ -151,14 +155,15 @@ pub(crate) fn run(args: &ConvertArgs, persona: Persona) -> Outcome {
     let target_format = args.target_format.as_deref().unwrap_or("raw");
     let target_format = Format::from_name(target_format)
         .ok_or_else(|| Failure::new(format!("Unknown file format '{target_format}'")))?;
-    let mut options = KeyVals::default();
-    for list in &args.options {
-        if list == "help" || list == "?" {
-            crate::say!("{}", create::describe_options(target_format));
-            return Ok(0);
-        }
-        options.extend(KeyVals::parse(list, None));
+    if args
+        .options
+        .iter()
+        .any(|list| list == "help" || list == "?")
+    {
+        crate::say!("{}", create::describe_options(target_format));
+        return Ok(0);
     }
+    let mut options = KeyVals::of_lists(&args.options).map_err(Failure::new)?;
     let [names @ .., target] = args.files.as_slice() else {
         return Err(Failure::new("Must specify image file name"));
     };
@@ -284,37 +289,16 @@ fn open_sources(
         let spec = ImageSpec::parse(name, args.share.image_opts, format, persona)?;
         let disk = match &args.snapshot {
             None => open::open(&spec, &how, persona)?,
-            Some(text) => open_snapshot(&spec, &how, text, persona)?,
+            Some(text) => {
+                let chosen = SnapshotChoice::read(text, persona)?;
+                open::open_snapshot(&spec, &how, &chosen, persona)?
+            }
         };
         let size = disk.size();
         list.push((start, disk));
         start += size;
     }
     Ok(list)
-}
-
-fn open_snapshot(
-    spec: &ImageSpec,
-    how: &OpenHow,
-    text: &str,
-    persona: Persona,
-) -> Outcome<Box<dyn AsyncDiskFile>> {
-    let chosen = SnapshotChoice::parse(text).map_err(Failure::new)?;
-    let how = OpenHow {
-        snapshot: Some(chosen.clone()),
-        ..how.clone()
-    };
-    // A name that is not there is told apart from a file that is not.
-    let current = OpenHow {
-        snapshot: None,
-        no_backing: true,
-        ..how.clone()
-    };
-    let snapshots = open::open(spec, &current, persona)?.info().snapshots;
-    if !snapshots.iter().any(|one| chosen.is(one)) {
-        return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
-    }
-    open::open(spec, &how, persona)
 }
 
 fn make(
@@ -383,7 +367,7 @@ fn fill(
         spec.options.push(option, id);
     }
     let disk = open::open_quietly(&spec, &how, persona)
-        .map_err(|text| could_not_open(&spec.display().to_string(), &text, persona))?;
+        .map_err(|text| could_not_open(&spec.display(), &text, persona))?;
     if args.compress && disk.format() != Format::Qcow2 {
         return Err(Failure::new(
             "Compression not supported for this file format",
@@ -426,8 +410,15 @@ fn fill(
         rate: rate.filter(|rate| *rate > 0),
         started: Instant::now(),
         target: disk,
+        persona,
     };
-    let progress = Progress::bytes(args.progress && !args.quiet, persona, "converting", size);
+    let shown = args.progress && !args.quiet;
+    let work = if args.compress {
+        size
+    } else {
+        copy::work(&job, shown)?
+    };
+    let progress = Progress::bytes(shown, persona, "converting", work);
     if args.compress {
         compress::run(&job, &progress)?;
     } else {
@@ -449,6 +440,24 @@ fn is_file(spec: &ImageSpec) -> bool {
 }
 
 impl Job {
+    /// How the sources are looked through.
+    fn look(&self, unit: u64, chunk: u64) -> Look {
+        Look {
+            target_has_backing: self.target_has_backing,
+            salvage: self.salvage,
+            unit,
+            chunk,
+        }
+    }
+
+    /// Tells what could not be salvaged.
+    fn warn(&self, what: &str, offset: u64, kind: ErrorKind) {
+        let text = errno::request_text(kind);
+        self.persona.complain(&format!(
+            "warning: error while reading {what} {offset}: {text}"
+        ));
+    }
+
     /// Waits until `done` bytes keep to the rate that was asked for.
     fn keep_rate(&self, done: u64) {
         let Some(rate) = self.rate else { return };

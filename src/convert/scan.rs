@@ -1,10 +1,11 @@
 //! Finds out, ahead of the copy, which parts of the source have to be read.
 
-use std::sync::mpsc::SyncSender;
-
-use block::DiskFile;
+use block::{DiskFile, ErrorKind};
 
 use crate::util::failure::{Failure, Outcome};
+
+/// A sector: what is tried alone where a larger range fails.
+pub(super) const SECTOR: u64 = 512;
 
 /// What to do with a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,22 @@ pub(super) struct Run {
     pub(super) target: u64,
     pub(super) len: u64,
     pub(super) kind: Kind,
+    /// What the run is could not be found out, so it is data.
+    pub(super) unknown: Option<ErrorKind>,
+}
+
+/// How to look.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    /// What the source itself does not hold is left to the target's backing file.
+    pub(super) target_has_backing: bool,
+    /// Go on where the source cannot say what it has.
+    pub(super) salvage: bool,
+    /// No run ends inside a unit of the target, except at the end of a source: a unit with some data is
+    /// data.
+    pub(super) unit: u64,
+    /// The most bytes of a run of data.
+    pub(super) chunk: u64,
 }
 
 /// A source, as the scanner sees it.
@@ -37,64 +54,81 @@ pub(super) struct Scanned {
     pub(super) start: u64,
 }
 
-/// Sends every run of the sources, in order. Runs of data are at most `chunk` bytes, and no run ends
-/// inside a unit of the target, except at the end of a source: a unit with some data is data.
-pub(super) fn run(
-    sources: &[Scanned],
-    target_has_backing: bool,
-    unit: u64,
-    chunk: u64,
-    to: &SyncSender<Outcome<Run>>,
-) {
+/// Gives every run of the sources, in order, to `found`, until that says that nobody wants more.
+pub(super) fn run(sources: &[Scanned], look: Look, found: &mut dyn FnMut(Outcome<Run>) -> bool) {
     for (source, scanned) in sources.iter().enumerate() {
-        let result = scan_one(source, scanned, target_has_backing, unit, chunk, to);
-        if let Err(failure) = result {
-            // If nobody listens any more, nobody wants to know.
-            let _ = to.send(Err(failure));
-            return;
+        match scan_one(source, scanned, look, found) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(failure) => {
+                found(Err(failure));
+                return;
+            }
         }
     }
 }
 
+/// Whether more is wanted.
 fn scan_one(
     source: usize,
     scanned: &Scanned,
-    target_has_backing: bool,
-    unit: u64,
-    chunk: u64,
-    to: &SyncSender<Outcome<Run>>,
-) -> Outcome<()> {
+    look: Look,
+    found: &mut dyn FnMut(Outcome<Run>) -> bool,
+) -> Outcome<bool> {
     let size = scanned.disk.size();
     let mut at = 0;
     while at < size {
-        let status = scanned.disk.block_status(at, size - at).map_err(|error| {
-            Failure::new(format!(
-                "error while reading block status at offset {at}: {error}"
-            ))
-        })?;
-        let len = status.len.clamp(1, size - at);
-        let kind = if target_has_backing && !(status.present && status.depth == 0) {
-            Kind::Skip
-        } else if status.zero || !status.present {
-            Kind::Zero
-        } else {
-            Kind::Data
-        };
+        let (kind, len, unknown) = state(&*scanned.disk, at, size - at, look)?;
         let target = scanned.start + at;
-        let (kind, len) = shape(kind, target, len, size - at, unit, chunk);
+        let (kind, len) = shape(kind, target, len, size - at, look.unit, look.chunk);
         let run = Run {
             source,
             offset: at,
             target,
             len,
             kind,
+            unknown,
         };
-        if to.send(Ok(run)).is_err() {
-            return Ok(());
+        if !found(Ok(run)) {
+            return Ok(false);
         }
         at += len;
     }
-    Ok(())
+    Ok(true)
+}
+
+/// What is at an offset, and how far. Where the source cannot say, smaller and smaller ranges are asked
+/// for, down to a sector.
+fn state(
+    disk: &dyn DiskFile,
+    at: u64,
+    left: u64,
+    look: Look,
+) -> Outcome<(Kind, u64, Option<ErrorKind>)> {
+    let mut wanted = left;
+    loop {
+        match disk.block_status(at, wanted) {
+            Ok(status) => {
+                let kind = if look.target_has_backing && !(status.present && status.depth == 0) {
+                    Kind::Skip
+                } else if status.zero || !status.present {
+                    Kind::Zero
+                } else {
+                    Kind::Data
+                };
+                return Ok((kind, status.len.clamp(1, wanted), None));
+            }
+            Err(_) if look.salvage && wanted > SECTOR => {
+                wanted = (wanted / 4).next_multiple_of(SECTOR);
+            }
+            Err(error) if look.salvage => return Ok((Kind::Data, wanted, Some(error.kind()))),
+            Err(error) => {
+                return Err(Failure::new(format!(
+                    "error while reading block status at offset {at}: {error}"
+                )));
+            }
+        }
+    }
 }
 
 /// What to do with the start of a run of `len` bytes, `left` bytes before the end of the source.

@@ -33,7 +33,7 @@ pub(crate) fn open_all(
     let mut next = Some(spec.clone());
     while let Some(spec) = next {
         if !seen.insert(spec.path.clone()) {
-            let name = spec.display().to_string();
+            let name = spec.display();
             return Err(match persona.is_qemu() {
                 true => Failure::new(format!("Backing file '{name}' creates an infinite loop.")),
                 false => could_not_open(&name, "Backing chain is a loop", persona),

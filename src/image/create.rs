@@ -2,6 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -54,6 +55,8 @@ pub(crate) struct Plan {
     keeps_nothing: bool,
     /// The file is not to be copied on write by its file system.
     nocow: bool,
+    /// The first block of a raw image has its place.
+    first_block: bool,
 }
 
 const QCOW2_KEYS: &[&str] = &[
@@ -201,6 +204,7 @@ pub(crate) fn plan(mut request: CreateRequest, persona: Persona) -> Outcome<Plan
         encryption,
         keeps_nothing: persona.is_qemu() && request.format == Format::Luks,
         nocow: nocow.unwrap_or(false),
+        first_block: persona.is_qemu(),
     })
 }
 
@@ -306,6 +310,9 @@ impl Plan {
         if let Some(name) = &qcow2.data_file {
             line += &format!(" data_file={name}");
         }
+        if qcow2.data_file_raw {
+            line += " data_file_raw=on";
+        }
         if let Some(format) = &qcow2.backing_format {
             line += &format!(" backing_fmt={format}");
         }
@@ -334,7 +341,7 @@ impl Plan {
             let made = match self.format {
                 Format::Qcow2 => maintenance::create_qcow2(&self.path, &self.qcow2),
                 Format::Luks => maintenance::create_luks(&self.path, &self.qcow2),
-                _ => create_raw(&self.path, self.qcow2.size, self.qcow2.preallocation),
+                _ => self.create_raw(),
             };
             made.map_err(|error| Failure::new(self.reason(&error)))
         });
@@ -343,6 +350,16 @@ impl Plan {
             let _ = std::fs::remove_file(&self.path);
         }
         result
+    }
+
+    /// What is to be made, once all of it is known to be possible. Nothing is made.
+    pub(crate) fn into_checked(mut self) -> Outcome<Qcow2Create> {
+        self.check()?;
+        if self.format == Format::Qcow2 {
+            maintenance::check_wanted(&self.qcow2)
+                .map_err(|error| Failure::new(error.message()))?;
+        }
+        Ok(self.qcow2)
     }
 
     fn reason(&self, error: &Error) -> String {
@@ -354,6 +371,37 @@ impl Plan {
             }
             _ => error.message(),
         }
+    }
+
+    fn create_raw(&self) -> Result<()> {
+        let at = |error: std::io::Error| Error::from(error).path(&self.path).operation("create");
+        let size = self.qcow2.size;
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&self.path)
+            .map_err(at)?;
+        let kind = file.metadata().map_err(at)?.file_type();
+        if !kind.is_file() {
+            // A device has its size; nothing to make.
+            return Ok(());
+        }
+        let fill = || -> std::io::Result<()> {
+            file.set_len(size)?;
+            match self.qcow2.preallocation {
+                _ if size == 0 => Ok(()),
+                Preallocation::Off | Preallocation::Metadata if self.first_block => {
+                    // So that programs which probe a file for its alignment find data to read.
+                    let block = if size < 4096 { 512 } else { 4096 };
+                    (&file).write_all(&vec![0; size.min(block) as usize])
+                }
+                Preallocation::Off | Preallocation::Metadata => Ok(()),
+                Preallocation::Falloc => Ok(fallocate(&file, FallocateFlags::empty(), 0, size)?),
+                Preallocation::Full => write_all_zero(&file, size),
+            }
+        };
+        fill().map_err(at)
     }
 
     fn check(&mut self) -> Outcome<()> {
@@ -439,35 +487,7 @@ fn turn_off_copies(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn create_raw(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
-    let at = |error: std::io::Error| Error::from(error).path(path).operation("create");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .map_err(at)?;
-    let kind = file.metadata().map_err(at)?.file_type();
-    if !kind.is_file() {
-        // A device has its size; nothing to make.
-        return Ok(());
-    }
-    let fill = |file: &File| -> std::io::Result<()> {
-        file.set_len(size)?;
-        if size == 0 {
-            return Ok(());
-        }
-        match preallocation {
-            Preallocation::Off | Preallocation::Metadata => Ok(()),
-            Preallocation::Falloc => Ok(fallocate(file, FallocateFlags::empty(), 0, size)?),
-            Preallocation::Full => write_all_zero(file, size),
-        }
-    };
-    fill(&file).map_err(at)
-}
-
 fn write_all_zero(mut file: &File, size: u64) -> std::io::Result<()> {
-    use std::io::Write;
     let zeroes = vec![0; 1 << 20];
     let mut left = size;
     while left > 0 {

@@ -129,14 +129,6 @@ impl Wanted {
         }
     }
 
-    /// The bytes that the LUKS header of the image takes; 0 without one.
-    pub(crate) fn header_len(&self) -> Result<u64, String> {
-        Ok(match self.resolve()? {
-            Some(Encrypt::Luks { options, .. }) => options.header_len(),
-            _ => 0,
-        })
-    }
-
     fn secret(&self, key: &str) -> Result<Secret, String> {
         match self.get(key) {
             Some(id) => secrets::find(id),

@@ -60,16 +60,44 @@ pub(crate) fn from_file(path: &str) -> Result<Arc<Faults>, String> {
     Ok(rules.finish())
 }
 
-/// Takes the filter out of the options of an image, where it is below the format (`file.driver`) or
-/// above it (`driver`); what it filters takes its place.
-pub(crate) fn take_filter(options: &mut KeyVals) -> Result<Option<Arc<Faults>>, String> {
-    let prefix = if options.get("driver") == Some("blkdebug") {
-        ""
-    } else if options.get("file.driver") == Some("blkdebug") {
-        "file."
+/// The filters of an image, by their place.
+#[derive(Debug, Default)]
+pub(crate) struct Filters {
+    pub(crate) file: Option<Arc<Faults>>,
+    pub(crate) data_file: Option<Arc<Faults>>,
+    pub(crate) requests: Option<Arc<Faults>>,
+}
+
+/// Takes the filters out of the options of an image; what they filter takes their places.
+pub(crate) fn take_filters(options: &mut KeyVals) -> Result<Filters, String> {
+    let mut filters = Filters::default();
+    if options.get("driver") == Some("blkdebug") {
+        // Above a format, or above the file itself, which is no different from below a raw image.
+        let above = options.get("image.file.filename").is_some()
+            || options.get("image.file.driver").is_some();
+        let rules = Some(take_filter(options, "")?);
+        if above {
+            filters.requests = rules;
+        } else {
+            filters.file = rules;
+        }
+    }
+    if options.get("file.driver") == Some("blkdebug") {
+        filters.file = Some(take_filter(options, "file.")?);
+    }
+    let data_file = if options.get("data-file.driver") == Some("raw") {
+        "data-file.file."
     } else {
-        return Ok(None);
+        "data-file."
     };
+    if options.get(&format!("{data_file}driver")) == Some("blkdebug") {
+        filters.data_file = Some(take_filter(options, data_file)?);
+    }
+    Ok(filters)
+}
+
+/// Takes one filter out of the options.
+fn take_filter(options: &mut KeyVals, prefix: &str) -> Result<Arc<Faults>, String> {
     let key = |name: &str| format!("{prefix}{name}");
     options.take(&key("driver"));
     for limit in LIMITS {
@@ -79,7 +107,7 @@ pub(crate) fn take_filter(options: &mut KeyVals) -> Result<Option<Arc<Faults>>, 
         Some(path) => {
             let faults = from_file(&path)?;
             move_image(options, prefix);
-            return Ok(Some(faults));
+            return Ok(faults);
         }
         None => Rules::default(),
     };
@@ -94,7 +122,7 @@ pub(crate) fn take_filter(options: &mut KeyVals) -> Result<Option<Arc<Faults>>, 
         }
     }
     move_image(options, prefix);
-    Ok(Some(rules.finish()))
+    Ok(rules.finish())
 }
 
 /// What the filter is above of takes its place.
@@ -204,11 +232,23 @@ mod tests {
                     file.inject-error.0.event=write_aio,file.set-state.0.event=read_aio,\
                     file.set-state.0.new_state=2,file.align=4k";
         let mut options = KeyVals::parse(text, None);
-        assert!(take_filter(&mut options).expect("parses").is_some());
+        let filters = take_filters(&mut options).expect("parses");
+        assert!(filters.file.is_some() && filters.requests.is_none());
         assert_eq!(options.take("file.filename").as_deref(), Some("a"));
         assert_eq!(options.take("driver").as_deref(), Some("qcow2"));
         assert!(options.is_empty(), "{options:?}");
         let mut options = KeyVals::parse("driver=blkdebug,inject-error.0.event=zork", None);
-        assert!(take_filter(&mut options).is_err());
+        assert!(take_filters(&mut options).is_err());
+        let above = "driver=blkdebug,image.driver=qcow2,image.file.filename=a";
+        let mut options = KeyVals::parse(above, None);
+        let filters = take_filters(&mut options).expect("parses");
+        assert!(filters.requests.is_some() && filters.file.is_none());
+        assert_eq!(options.get("driver"), Some("qcow2"));
+        let data = "driver=qcow2,file.filename=a,data-file.driver=raw,\
+                    data-file.file.driver=blkdebug,data-file.file.image.filename=b";
+        let mut options = KeyVals::parse(data, None);
+        let filters = take_filters(&mut options).expect("parses");
+        assert!(filters.data_file.is_some());
+        assert_eq!(options.get("data-file.file.filename"), Some("b"));
     }
 }

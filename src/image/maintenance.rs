@@ -78,9 +78,9 @@ impl Default for Qcow2Create {
     }
 }
 
-/// Makes a qcow2 image.
-pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
-    let options = CreateOptions {
+/// What the library is asked for.
+fn create_options(wanted: &Qcow2Create) -> CreateOptions {
+    CreateOptions {
         size: wanted.size,
         version: if wanted.version3 { 3 } else { 2 },
         cluster_size: wanted.cluster_size,
@@ -103,7 +103,17 @@ pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         extended_l2: wanted.extended_l2,
         data_file: wanted.data_file.clone(),
         data_file_raw: wanted.data_file_raw,
-    };
+    }
+}
+
+/// Checks that there can be such an image.
+pub(crate) fn check_wanted(wanted: &Qcow2Create) -> Result<()> {
+    create_options(wanted).check()
+}
+
+/// Makes a qcow2 image.
+pub(crate) fn create_qcow2(path: &Path, wanted: &Qcow2Create) -> Result<()> {
+    let options = create_options(wanted);
     // Before the file is cut.
     options.check()?;
     with_file(path, OfflineOptions::create(), async |io, file| {
@@ -127,10 +137,11 @@ pub(crate) fn create_luks(path: &Path, wanted: &Qcow2Create) -> Result<()> {
         size: wanted.size,
         luks: *options,
         secret: secret.clone(),
-        allocate: matches!(
-            wanted.preallocation,
-            Preallocation::Falloc | Preallocation::Full
-        ),
+        preallocation: match wanted.preallocation {
+            Preallocation::Off | Preallocation::Metadata => luks::Preallocation::Off,
+            Preallocation::Falloc => luks::Preallocation::Falloc,
+            Preallocation::Full => luks::Preallocation::Full,
+        },
     };
     with_file(path, OfflineOptions::create(), async |io, file| {
         luks::create(io, file, &options).await

@@ -4,7 +4,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
-    FileGate, Format, Locking, OpenOptions, image::SnapshotInfo, io::EngineKind,
+    FileGate, Format, Locking, OpenOptions, OverlapChecks, PassDiscards, image::SnapshotInfo,
+    io::EngineKind,
 };
 use clap::Args;
 
@@ -12,7 +13,7 @@ use crate::{
     grumble,
     image::{
         faults,
-        qcow2_options::CacheOptions,
+        qcow2_options::{self, CacheOptions},
         secrets,
         spec::{ImageSpec, could_not_open, named_format},
     },
@@ -55,6 +56,10 @@ pub(crate) struct OpenHow {
     pub(crate) discard_no_unref: bool,
     /// Write reference counts late, or not, whatever the image says.
     pub(crate) lazy_refcounts: Option<bool>,
+    /// Which freed clusters give their space back at once.
+    pub(crate) pass_discards: PassDiscards,
+    /// What is guarded against being overwritten.
+    pub(crate) overlap_checks: OverlapChecks,
     /// The format of the backing file that the header names.
     pub(crate) backing_format: Option<Format>,
     /// Show this internal snapshot.
@@ -97,6 +102,17 @@ impl SnapshotChoice {
         }
     }
 
+    /// [`parse`](Self::parse), for the command line.
+    pub(crate) fn read(text: &str, persona: Persona) -> Outcome<Self> {
+        Self::parse(text).map_err(|message| {
+            let (first, last) = message.split_once('\n').unwrap_or(("", &message));
+            if !first.is_empty() {
+                persona.complain(first);
+            }
+            Failure::new(last)
+        })
+    }
+
     /// Whether it is this one.
     pub(crate) fn is(&self, snapshot: &SnapshotInfo) -> bool {
         match self {
@@ -135,6 +151,30 @@ pub(crate) fn cache_mode(name: &str) -> Outcome<CacheMode> {
     CacheMode::from_name(name).ok_or_else(|| Failure::new(format!("Invalid cache option: {name}")))
 }
 
+/// Opens an image as it was at one of its snapshots.
+pub(crate) fn open_snapshot(
+    spec: &ImageSpec,
+    how: &OpenHow,
+    chosen: &SnapshotChoice,
+    persona: Persona,
+) -> Outcome<Box<dyn AsyncDiskFile>> {
+    let how = OpenHow {
+        snapshot: Some(chosen.clone()),
+        ..how.clone()
+    };
+    // A name that is not there is told apart from a file that is not.
+    let current = OpenHow {
+        snapshot: None,
+        no_backing: true,
+        ..how.clone()
+    };
+    let snapshots = open(spec, &current, persona)?.info().snapshots;
+    if !snapshots.iter().any(|one| chosen.is(one)) {
+        return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
+    }
+    open(spec, &how, persona)
+}
+
 /// Opens an image.
 pub(crate) fn open(
     spec: &ImageSpec,
@@ -147,7 +187,7 @@ pub(crate) fn open(
 /// Opens an image, as the concrete type.
 pub(crate) fn open_disk(spec: &ImageSpec, how: &OpenHow, persona: Persona) -> Outcome<Disk> {
     open_disk_quietly(spec, how, persona)
-        .map_err(|message| could_not_open(&spec.display().to_string(), &message, persona))
+        .map_err(|message| could_not_open(&spec.display(), &message, persona))
         .map_err(|failure| match persona {
             Persona::QemuIo if !spec.by_options => Failure::new(failure.to_string().replacen(
                 "can't open: ",
@@ -182,12 +222,7 @@ pub(crate) fn open_disk_quietly(
     let mut locking = Locking::Auto;
     apply(&mut options, &mut how, &mut locking)?;
     let keys = secrets::take_keys(&mut options, how.locked)?;
-    if let Some(key) = options.first_key() {
-        let format = spec.format.map_or("image", Format::name);
-        return Err(format!(
-            "Block format '{format}' does not support the option '{key}'"
-        ));
-    }
+    no_more(&options, spec)?;
     let mut open = OpenOptions::new()
         .read_only(how.read_only)
         .cache_mode(how.cache)
@@ -198,6 +233,8 @@ pub(crate) fn open_disk_quietly(
         .no_backing(how.no_backing)
         .restartable(how.restartable)
         .discard_no_unref(how.discard_no_unref)
+        .pass_discards(how.pass_discards)
+        .overlap_checks(how.overlap_checks)
         .writable_backing(how.writable_backing)
         .lock_wait(if how.restartable {
             PREDECESSOR_WAIT
@@ -236,6 +273,12 @@ pub(crate) fn open_disk_quietly(
     if let Some(faults) = &spec.faults {
         open = open.faults(Arc::clone(faults));
     }
+    if let Some(faults) = &spec.data_file_faults {
+        open = open.data_file_faults(Arc::clone(faults));
+    }
+    if let Some(faults) = &spec.request_faults {
+        open = open.request_faults(Arc::clone(faults));
+    }
     if let Some(path) = &how.data_file {
         open = open.data_file(Path::new(path));
     }
@@ -251,8 +294,41 @@ pub(crate) fn open_disk_quietly(
     if spec.format.is_none() && disk.format() == Format::Raw && !how.read_only {
         warn_of_guess(&spec.path);
     }
-    caches.check(disk.info().cluster_size.unwrap_or(u64::MAX))?;
+    caches.check(disk.info().cluster_size.unwrap_or(u64::MAX), disk.size())?;
     Ok(disk)
+}
+
+/// Checks the options of an image without opening it. `disk` is the same image as it is open now, if it is.
+pub(crate) fn check_options(spec: &ImageSpec, disk: Option<&dyn DiskFile>) -> Result<(), String> {
+    let mut options = spec.options.clone();
+    let caches = CacheOptions::take(&mut options)?;
+    apply(&mut options, &mut OpenHow::default(), &mut Locking::Auto)?;
+    secrets::take_keys(&mut options, true)?;
+    if let Some(disk) = disk {
+        caches.check(disk.info().cluster_size.unwrap_or(u64::MAX), disk.size())?;
+    }
+    no_more(&options, spec)
+}
+
+/// Checks the options of an image that is worked on as a whole, in its file: what has its effect only on an open
+/// disk must be right, and there are no faults on purpose.
+pub(crate) fn check_offline(spec: &ImageSpec) -> Result<(), String> {
+    let faults = [&spec.faults, &spec.data_file_faults, &spec.request_faults];
+    if faults.iter().any(|rules| rules.is_some()) {
+        return Err("the filter 'blkdebug' has no effect on what is done to a whole image".into());
+    }
+    check_options(spec, None)
+}
+
+/// Refuses options that nothing has taken.
+fn no_more(options: &KeyVals, spec: &ImageSpec) -> Result<(), String> {
+    let Some(key) = options.first_key() else {
+        return Ok(());
+    };
+    let format = spec.format.map_or("image", Format::name);
+    Err(format!(
+        "Block format '{format}' does not support the option '{key}'"
+    ))
 }
 
 /// Takes the options that any image has out of the list.
@@ -266,6 +342,10 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     };
     if let Some(read_only) = switch("read-only")? {
         how.read_only = read_only;
+    }
+    // A file that is not written to makes the disk one that is not.
+    if switch("file.read-only")? == Some(true) {
+        how.read_only = true;
     }
     if let Some(force_share) = switch("force-share")? {
         how.force_share = force_share;
@@ -282,21 +362,9 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
     if switch("cache.no-flush")? == Some(true) {
         how.cache = CacheMode::Unsafe;
     }
-    // Discards are passed on as far as the discard policy says.
-    for key in [
-        "pass-discard-request",
-        "pass-discard-snapshot",
-        "pass-discard-other",
-    ] {
-        switch(key)?;
-    }
-    for key in [
-        "overlap-check",
-        "overlap-check.template",
-        "cache-clean-interval",
-    ] {
-        options.take(key);
-    }
+    how.pass_discards = qcow2_options::take_pass_discards(options)?;
+    how.overlap_checks = qcow2_options::take_overlap_checks(options)?;
+    qcow2_options::take_clean_interval(options)?;
     if let Some(mode) = options.take("file.locking") {
         *locking = match mode.as_str() {
             "auto" => Locking::Auto,
@@ -328,8 +396,20 @@ fn apply(options: &mut KeyVals, how: &mut OpenHow, locking: &mut Locking) -> Res
             }
         };
     }
-    options.take("data-file.driver");
-    if let Some(path) = options.take("data-file.filename") {
+    let raw_data_file = options.get("data-file.driver") == Some("raw");
+    if let Some(driver) = options.take("data-file.driver")
+        && !matches!(driver.as_str(), "raw" | "file" | "host_device")
+    {
+        return Err(format!("Unknown driver '{driver}'"));
+    }
+    let data_file = options.take("data-file.filename");
+    let nested = if raw_data_file {
+        options.take("data-file.file.driver");
+        options.take("data-file.file.filename")
+    } else {
+        None
+    };
+    if let Some(path) = data_file.or(nested) {
         how.data_file = Some(path);
     }
     let backing = (
@@ -394,6 +474,15 @@ pub(crate) fn explain(error: &Error, path: &Path, persona: Persona) -> String {
                 format!("Could not open backing file: Could not open '{name}': {text}")
             }
             None => format!("Could not open backing file: {below}"),
+        };
+    }
+    if persona.is_qemu()
+        && let Some(below) = error.message().strip_prefix("data file: ")
+    {
+        let name = below.split_once(": ").map_or(below, |(name, _)| name);
+        return match of_host {
+            Some(text) => format!("Could not open '{name}': {text}"),
+            None => below.to_owned(),
         };
     }
     if persona.is_qemu()

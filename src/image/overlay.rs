@@ -7,6 +7,7 @@ use crate::{
         maintenance,
         maintenance::Qcow2Create,
         open::{self, OpenHow},
+        secrets,
         spec::ImageSpec,
     },
     util::{
@@ -49,9 +50,7 @@ pub(crate) fn open(
         backing: Some(ImageSpec::plain(&spec.path, Some(format))),
         ..how.clone()
     };
-    open::open(
-        &ImageSpec::plain(file.path(), Some(Format::Qcow2)),
-        &how,
-        persona,
-    )
+    let mut overlay = ImageSpec::plain(file.path(), Some(Format::Qcow2));
+    overlay.options = secrets::below(&spec.options);
+    open::open(&overlay, &how, persona)
 }

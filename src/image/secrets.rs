@@ -129,6 +129,18 @@ pub(crate) fn key_of(options: &KeyVals, format: Format) -> Option<(String, Strin
     options.get(key).map(|id| (key.to_owned(), id.to_owned()))
 }
 
+/// The options that name the secrets of an image, as they are for an overlay of it.
+pub(crate) fn below(options: &KeyVals) -> KeyVals {
+    let mut keys = KeyVals::default();
+    for (key, id) in options
+        .iter()
+        .filter(|(key, _)| key.ends_with("key-secret"))
+    {
+        keys.push(key, id);
+    }
+    keys.prefixed("backing.")
+}
+
 /// Takes the secrets of an image, and of those below it, out of its options: each with the levels
 /// down the chain. None of an image that stays locked, whose secrets need not even be defined.
 pub(crate) fn take_keys(

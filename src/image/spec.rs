@@ -10,7 +10,10 @@ use block::{Format, faults::Faults};
 use serde_json::Value;
 
 use crate::{
-    image::{faults, secrets},
+    image::{
+        faults::{self, Filters},
+        secrets,
+    },
     util::{
         failure::{Failure, Outcome},
         keyval::KeyVals,
@@ -29,8 +32,14 @@ pub(crate) struct ImageSpec {
     pub(crate) options: KeyVals,
     /// The name was a list of options.
     pub(crate) by_options: bool,
-    /// Faults on purpose.
+    /// The name as it was given, where that is not the path.
+    given: Option<String>,
+    /// Faults on purpose, between the image and its file.
     pub(crate) faults: Option<Arc<Faults>>,
+    /// The same, between the image and its data file.
+    pub(crate) data_file_faults: Option<Arc<Faults>>,
+    /// The same, above the image.
+    pub(crate) request_faults: Option<Arc<Faults>>,
 }
 
 impl ImageSpec {
@@ -51,6 +60,7 @@ impl ImageSpec {
             return Self::from_options(KeyVals::parse(text, Some("driver")), persona)
                 .map(|spec| Self {
                     by_options: true,
+                    given: Some(text.to_owned()),
                     ..spec
                 })
                 .map_err(|message| could_not_open(text, &message, persona));
@@ -64,7 +74,12 @@ impl ImageSpec {
                 if let Some(format) = format.filter(|_| options.get("driver").is_none()) {
                     options.push("driver", format.name());
                 }
-                return Self::from_options(options, persona).map_err(|message| fail(&message));
+                return Self::from_options(options, persona)
+                    .map(|spec| Self {
+                        given: Some(text.to_owned()),
+                        ..spec
+                    })
+                    .map_err(|message| fail(&message));
             }
             if let Some((protocol, rest)) = protocol_of(text) {
                 if protocol == "blkdebug" {
@@ -98,7 +113,10 @@ impl ImageSpec {
             format,
             options: KeyVals::default(),
             by_options: false,
+            given: None,
             faults: None,
+            data_file_faults: None,
+            request_faults: None,
         }
     }
 
@@ -123,11 +141,11 @@ impl ImageSpec {
         if options.is_empty() {
             return Err("Must specify either driver or file".into());
         }
-        let debugged = persona
-            .is_qemu()
-            .then(|| faults::take_filter(&mut options))
-            .transpose()?
-            .flatten();
+        let filters = if persona.is_qemu() {
+            faults::take_filters(&mut options)?
+        } else {
+            Filters::default()
+        };
         let mut driver = options.take("driver");
         let mut path = options.take("file.filename");
         let protocol = options.take("file.driver");
@@ -158,7 +176,10 @@ impl ImageSpec {
             format,
             options,
             by_options: false,
-            faults: debugged,
+            given: None,
+            faults: filters.file,
+            data_file_faults: filters.data_file,
+            request_faults: filters.requests,
         })
     }
 
@@ -175,9 +196,11 @@ impl ImageSpec {
         Some(format!("json:{}", Value::Object(map)))
     }
 
-    /// The name to print.
-    pub(crate) fn display(&self) -> std::path::Display<'_> {
-        self.path.display()
+    /// The name to print: as it was given.
+    pub(crate) fn display(&self) -> String {
+        self.given
+            .clone()
+            .unwrap_or_else(|| self.path.display().to_string())
     }
 }
 

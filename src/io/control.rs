@@ -2,11 +2,12 @@
 
 use std::{process::abort, thread::sleep, time::Duration};
 
-use block::{DiskFile, io::RequestOp};
+use block::{DiskFile, Format, image::ImageInfo, io::RequestOp};
 
 use crate::{
     image::{
         open::{self, OpenHow},
+        qcow2_options::CacheOptions,
         spec::ImageSpec,
     },
     io::{
@@ -118,7 +119,20 @@ pub(super) fn info(opened: &Opened) {
     if let Some(cluster) = info.cluster_size {
         say!("cluster size: {}", size::io_human(cluster as f64));
     }
+    if let Some(offset) = vm_state_offset(&*opened.disk, &info) {
+        say!("vm state offset: {}", size::io_human(offset as f64));
+    }
     crate::info::print_specific(&info, 0);
+}
+
+/// Where VM state starts behind the disk: as far on as a whole L2 table maps.
+fn vm_state_offset(disk: &dyn DiskFile, info: &ImageInfo) -> Option<u64> {
+    let cluster = info
+        .cluster_size
+        .filter(|_| disk.format() == Format::Qcow2)?;
+    let extended = info.format_specific.get("extended-l2") == Some(&true.into());
+    let mapped = cluster.checked_mul(cluster / if extended { 16 } else { 8 })?;
+    disk.size().checked_next_multiple_of(mapped)
 }
 
 /// `sleep`.
@@ -247,8 +261,11 @@ pub(super) fn open_image(
     args.values('o')
         .for_each(|list| options.extend(KeyVals::parse(list, None)));
     let spec = match args.operands.as_slice() {
-        [name] => ImageSpec::parse(name, false, session.format.as_deref(), session.persona)
-            .and_then(|spec| spec.with_options(options)),
+        [name] => {
+            let (opts, format) = (session.image_opts, session.format.as_deref());
+            ImageSpec::parse(name, opts, format, session.persona)
+                .and_then(|spec| spec.with_options(options))
+        }
         [] if !options.is_empty() => ImageSpec::of_options(options, session.persona),
         _ => return Err(Said::Usage(command)),
     };
@@ -268,33 +285,59 @@ pub(super) fn reopen(
     if !args.operands.is_empty() {
         return Err(Said::Usage(command));
     }
-    let fail = |failure: crate::util::failure::Failure| Said::OfProgram(failure.to_string());
+    let Some(opened) = &session.opened else {
+        return Ok(());
+    };
+    let (spec, how) = reopened(opened, args)?;
     let Some(mut opened) = session.opened.take() else {
         return Ok(());
     };
-    let mut how: OpenHow = opened.how.clone();
-    let mut spec = opened.spec.clone();
-    let mut change = || -> Result<(), Said> {
-        how.read_only = (how.read_only || args.has('r')) && !args.has('w');
-        if let Some(mode) = args.value('c') {
-            how.cache = open::cache_mode(mode).map_err(fail)?;
-        }
-        for list in args.values('o') {
-            let options = KeyVals::parse(list, None);
-            spec = spec.clone().with_options(options).map_err(fail)?;
-        }
-        Ok(())
-    };
-    if let Err(said) = change() {
-        session.opened = Some(opened);
-        return Err(said);
-    }
     opened.drain();
     let before = (opened.spec.clone(), opened.how.clone());
     session.close(opened);
-    session.open(spec, how, false).map_err(|failure| {
-        // As it was, so that the session goes on.
-        let _ = session.open(before.0, before.1, false);
-        fail(failure)
-    })
+    let result = match open::open_quietly(&spec, &how, session.persona) {
+        Ok(disk) => Opened::new(disk, spec, how).map_err(|failure| failure.to_string()),
+        Err(message) => Err(message),
+    };
+    match result {
+        Ok(opened) => {
+            session.opened = Some(opened);
+            Ok(())
+        }
+        Err(message) => {
+            // As it was, so that the session goes on.
+            let _ = session.open(before.0, before.1, false);
+            Err(Said::OfProgram(message))
+        }
+    }
+}
+
+/// How an image is to be opened anew. Nothing is done to it before all of that is known to be possible.
+fn reopened(opened: &Opened, args: &Parsed) -> Result<(ImageSpec, OpenHow), Said> {
+    let refuse = |text: String| Said::OfProgram(text);
+    let mut how = opened.how.clone();
+    let mut spec = opened.spec.clone();
+    let mut new = KeyVals::default();
+    args.values('o')
+        .for_each(|list| new.extend(KeyVals::parse(list, None)));
+    if (args.has('r') || args.has('w')) && new.get("read-only").is_some() {
+        return Err(refuse("Cannot set both -r/-w and 'read-only'".into()));
+    }
+    let caches = ["cache.direct", "cache.no-flush"];
+    if args.has('c') && caches.iter().any(|key| new.get(key).is_some()) {
+        return Err(refuse("Cannot set both -c and the cache options".into()));
+    }
+    how.read_only = (how.read_only || args.has('r')) && !args.has('w');
+    if let Some(mode) = args.value('c') {
+        how.cache = open::cache_mode(mode).map_err(|failure| refuse(failure.to_string()))?;
+    }
+    if new
+        .take("driver")
+        .is_some_and(|driver| driver != opened.disk.format().name())
+    {
+        return Err(refuse("Cannot change the option 'driver'".into()));
+    }
+    CacheOptions::join(&mut spec.options, &new);
+    open::check_options(&spec, Some(&*opened.disk)).map_err(refuse)?;
+    Ok((spec, how))
 }

@@ -114,6 +114,8 @@ pub(crate) enum Said {
 pub(crate) struct Session {
     persona: Persona,
     format: Option<String>,
+    /// Names of images are lists of options.
+    image_opts: bool,
     how: OpenHow,
     opened: Option<Opened>,
     done: bool,
@@ -124,6 +126,7 @@ pub(crate) fn run(args: &IoArgs, persona: Persona) -> Outcome {
     let mut session = Session {
         persona,
         format: args.format.clone().filter(|_| !args.share.image_opts),
+        image_opts: args.share.image_opts,
         how: how(args)?,
         opened: None,
         done: false,

@@ -25,6 +25,19 @@ impl KeyVals {
         list
     }
 
+    /// Reads the values of an option that may be given several times. The error is the list that is none.
+    pub(crate) fn of_lists(lists: &[String]) -> Result<Self, String> {
+        let mut options = Self::default();
+        for list in lists {
+            let single_at_end = list.len() - list.trim_end_matches(',').len();
+            if list.is_empty() || list.starts_with(',') || !single_at_end.is_multiple_of(2) {
+                return Err(format!("Invalid option list: {list}"));
+            }
+            options.extend(Self::parse(list, None));
+        }
+        Ok(options)
+    }
+
     /// Appends a pair; a key given twice keeps both, and the last one counts.
     pub(crate) fn push(&mut self, key: &str, value: &str) {
         self.0.push((key.to_owned(), value.to_owned()));
@@ -77,6 +90,13 @@ impl KeyVals {
     /// The key of the first pair left.
     pub(crate) fn first_key(&self) -> Option<&str> {
         self.0.first().map(|(key, _)| key.as_str())
+    }
+
+    /// The pairs in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
     }
 
     /// How often `prefix` stands, one after the other, before the key in which it does so most often.
@@ -132,6 +152,16 @@ mod tests {
         assert_eq!(list.get("cluster_size"), Some("4k"));
         assert_eq!(list.get("lazy"), Some("on"));
         assert_eq!(list.take("nothing"), None);
+    }
+
+    #[test]
+    fn lists_with_a_comma_too_many_are_refused() {
+        let read = |text: &str| KeyVals::of_lists(&["a=1".into(), text.into()]);
+        let list = read("b=2,,").expect("a list");
+        assert_eq!((list.get("a"), list.get("b")), (Some("1"), Some("2,")));
+        for text in ["", ",", "b=2,", ",b=2"] {
+            assert_eq!(read(text), Err(format!("Invalid option list: {text}")));
+        }
     }
 
     #[test]

@@ -12,3 +12,4 @@ pub(crate) mod progress;
 pub(crate) mod rate;
 pub(crate) mod size;
 pub(crate) mod snapshots;
+pub(crate) mod tell;

@@ -258,7 +258,8 @@ impl Image for Raw {
                     None => (range.len, false),
                 }
             };
-            let offset = (start < present).then_some(HostOffset(start));
+            // The rest of the last sector has its place, too, although the file ends before.
+            let offset = Some(HostOffset(start));
             Ok(BlockStatus {
                 len: len.min(range.len),
                 depth: 0,

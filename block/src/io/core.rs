@@ -10,7 +10,7 @@ use std::{
 
 use super::{Host, HostFile, Pool, operation::Eof, pins::Pins, ranges::RangeTable};
 use crate::sync::Coalescer;
-use crate::{FileId, Result, faults::Faults};
+use crate::{FileId, Result, faults::FaultPlaces};
 
 /// What a file of a disk is used for: it decides what the end of the file means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,14 +73,14 @@ pub(crate) struct DiskCore {
     pub(crate) pool: Pool,
     /// Nothing of the disk is ever synced to the host's disk.
     pub(crate) never_sync: bool,
-    /// Faults on purpose, for the first file.
-    pub(crate) faults: Option<Arc<Faults>>,
+    /// Faults on purpose.
+    pub(crate) faults: FaultPlaces,
     files: RwLock<Vec<Arc<FileEntry>>>,
 }
 
 impl DiskCore {
     pub(crate) fn new(path: &Path, host: Arc<dyn Host>, pool: Pool, never_sync: bool) -> Arc<Self> {
-        Self::with_faults(path, host, pool, never_sync, None)
+        Self::with_faults(path, host, pool, never_sync, FaultPlaces::default())
     }
 
     pub(crate) fn with_faults(
@@ -88,7 +88,7 @@ impl DiskCore {
         host: Arc<dyn Host>,
         pool: Pool,
         never_sync: bool,
-        faults: Option<Arc<Faults>>,
+        faults: FaultPlaces,
     ) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {

@@ -4,7 +4,7 @@ use super::volume::Volume;
 use crate::{
     Error, FileId, Result,
     crypto::{SECTOR_SIZE, Secret, luks::LuksOptions},
-    io::{FallocateMode, Io},
+    io::{AlignedBuf, FallocateMode, Io},
 };
 
 /// What a new volume should be.
@@ -16,8 +16,20 @@ pub struct CreateOptions {
     pub luks: LuksOptions,
     /// The password of the first key slot.
     pub secret: Secret,
-    /// Take host space for the whole disk at once.
-    pub allocate: bool,
+    /// What host space to take at once.
+    pub preallocation: Preallocation,
+}
+
+/// What space a new volume takes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// That of its header.
+    #[default]
+    Off,
+    /// That of the whole disk.
+    Falloc,
+    /// The same, and zeroes are written to it: what they decrypt to is noise.
+    Full,
 }
 
 /// Bytes that the file of a volume of `size` bytes takes.
@@ -44,9 +56,27 @@ pub async fn create(io: &Io, file: FileId, options: &CreateOptions) -> Result<()
         // Says "no space" where a block device is too small.
         io.set_len(file, end).await?;
     }
-    if options.allocate {
-        io.fallocate(file, FallocateMode::Allocate, 0, end).await?;
+    match options.preallocation {
+        Preallocation::Off => {}
+        Preallocation::Falloc => io.fallocate(file, FallocateMode::Allocate, 0, end).await?,
+        Preallocation::Full => write_zeroes(io, file, end).await?,
     }
     Volume::create(io, file, 0, luks, &options.secret).await?;
     Ok(())
+}
+
+/// Writes zeroes to the file up to `end`.
+async fn write_zeroes(io: &Io, file: FileId, end: u64) -> Result<()> {
+    const PIECE: u64 = 2 << 20;
+    let mut at = 0;
+    let mut buf = AlignedBuf::zeroed(PIECE.min(end) as usize);
+    while at < end {
+        let step = PIECE.min(end - at);
+        if buf.len() as u64 != step {
+            buf = AlignedBuf::zeroed(step as usize);
+        }
+        buf = io.write(file, at, buf).await?;
+        at += step;
+    }
+    io.sync(file).await
 }

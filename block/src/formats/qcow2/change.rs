@@ -416,7 +416,8 @@ impl Qcow2 {
         becomes: Becomes,
     ) -> Result<()> {
         let stays = self.geometry.data_file || self.discard_no_unref;
-        if !stays || self.raw_data || !becomes.gives_back() {
+        let passed = becomes.gives_back() && self.pass_discards.request;
+        if !stays || self.raw_data || !passed {
             return Ok(());
         }
         let (first, stop) = self.geometry.touched(run);

@@ -318,6 +318,14 @@ impl Layout {
         cluster << self.cluster_bits
     }
 
+    /// The length of a new file. One that ends with the L1 table ends with its last entry, as QEMU's does.
+    fn file_len(&self) -> u64 {
+        if self.l1_entries > 0 && self.end == self.l2_at && self.crypto_at == self.l2_at {
+            return self.offset(self.l1_at) + self.l1_entries * 8;
+        }
+        self.offset(self.end)
+    }
+
     /// The L2 entry of a preallocated cluster, and its bitmap: no subcluster has data yet.
     fn l2_entry(&self, cluster: u64, flag: u64) -> [u64; 2] {
         let first = if self.data_file { 0 } else { self.data_at };
@@ -396,7 +404,7 @@ async fn create_in(io: &Io, file: FileId, data: FileId, options: &CreateOptions)
     let end = layout.offset(layout.end);
     let was_empty = io.file_len(file)? == 0;
     if was_empty {
-        io.set_len(file, end).await?;
+        io.set_len(file, layout.file_len()).await?;
     } else if io.file_len(file)? < end {
         // Says "no space" where a block device is too small.
         io.set_len(file, end).await?;
@@ -460,7 +468,7 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
             header.autoclear_features.insert(Autoclear::DATA_FILE_RAW);
         }
         let name = name.as_bytes().to_vec();
-        header.set_extension(ExtensionType::DATA_FILE, Some(name));
+        header.add_before_names(ExtensionType::DATA_FILE, name);
     }
     header.set_backing(
         options.backing_file.as_deref(),
@@ -482,7 +490,7 @@ fn plan(options: &CreateOptions) -> Result<(Header, Layout)> {
     if crypto_len > 0 {
         let at = layout.offset(layout.crypto_at);
         let extension = [at.to_be_bytes(), crypto_len.to_be_bytes()].concat();
-        header.set_extension(ExtensionType::CRYPTO_HEADER, Some(extension));
+        header.add_before_names(ExtensionType::CRYPTO_HEADER, extension);
     }
     // Both fit: the tables are bounded.
     header.l1_size = layout.l1_entries as u32;

@@ -25,7 +25,8 @@ impl Qcow2 {
         self.refcounts.end_packing();
         self.settle(io).await?;
         let mut header = lock(&self.header).clone();
-        let mut editor = Editor::new(io, self.file, &mut header, &self.refcounts);
+        let editor = Editor::new(io, self.file, &mut header, &self.refcounts);
+        let mut editor = editor.punching(self.pass_discards.snapshot);
         let result = work(&mut editor).await;
         if editor.is_torn() {
             self.marks.set_torn();

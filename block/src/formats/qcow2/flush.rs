@@ -41,7 +41,7 @@ use crate::{
 pub(super) enum Punch {
     /// It does: a discard asked for it.
     Yes,
-    /// It stays with the image, to be used again.
+    /// It stays with the image, to be used again, unless the options say otherwise.
     No,
 }
 
@@ -298,7 +298,11 @@ impl Qcow2 {
     }
 
     async fn give_back(&self, io: &Io, freed: Freed) -> Result<()> {
-        if freed.punch == Punch::Yes {
+        let passed = match freed.punch {
+            Punch::Yes => self.pass_discards.request,
+            Punch::No => self.pass_discards.other,
+        };
+        if passed {
             self.punch(io, freed).await?;
         }
         self.refcounts.release(io, freed.first, freed.count).await

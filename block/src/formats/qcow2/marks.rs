@@ -15,6 +15,9 @@ use super::{
 };
 use crate::{Error, ErrorKind, Result, io::Io, sync::lock};
 
+/// The target of the event that tells of corruption.
+const CORRUPTION: &str = "block::corruption";
+
 /// Bytes of changed reference counts that may wait for the image to be closed.
 const MAX_LATE_BYTES: u64 = 16 << 20;
 
@@ -132,7 +135,13 @@ impl Qcow2 {
             && !self.marks.corrupt.swap(true, Ordering::AcqRel)
         {
             let path = io.file_path(self.file);
-            tracing::error!(path = %path.display(), %error, "marking the image as corrupt");
+            // A program may want to tell of this in its own words: the target and `corruption` are for it.
+            tracing::error!(
+                target: CORRUPTION,
+                path = %path.display(),
+                corruption = error.message().as_str(),
+                "marking the image as corrupt"
+            );
             let _claim = self.marks.claim_header().await;
             let marked = self
                 .change_features(io, |header| {

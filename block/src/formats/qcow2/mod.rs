@@ -72,6 +72,7 @@ use crate::{
     extras::ImageExtras,
     image::{BlockStatus, Extents, Image, ImageInfo, Intent, Prepared},
     io::{Buffers, Io},
+    options::{OverlapChecks, PassDiscards},
     sync::{Coalescer, LocalFuture, lock},
     table::{MapCache, MapKey},
 };
@@ -92,6 +93,10 @@ pub(crate) struct Qcow2Options {
     pub(crate) discard_no_unref: bool,
     /// Whether reference counts are written late, whatever the image says.
     pub(crate) lazy_refcounts: Option<bool>,
+    /// Which freed clusters give their space back at once.
+    pub(crate) pass_discards: PassDiscards,
+    /// What is guarded against being overwritten.
+    pub(crate) overlap_checks: OverlapChecks,
     /// What opens an encrypted image.
     pub(crate) unlock: Unlock,
 }
@@ -106,6 +111,7 @@ pub(crate) struct Qcow2 {
     /// The data file is a raw disk by itself.
     raw_data: bool,
     discard_no_unref: bool,
+    pass_discards: PassDiscards,
     marks: Marks,
     ahead: Ahead,
     overlap: Overlap,
@@ -183,9 +189,10 @@ impl Qcow2 {
             raw_data: header.has(Incompatible::DATA_FILE)
                 && header.autoclear_features.contains(Autoclear::DATA_FILE_RAW),
             discard_no_unref: options.discard_no_unref,
+            pass_discards: options.pass_discards,
             marks: Marks::new(&header, options.lazy_refcounts),
             ahead: Ahead::new(options.writable && io.writes_directly(file), file_len),
-            overlap: Overlap::default(),
+            overlap: Overlap::new(options.overlap_checks),
             overlap_claim: Claims::default(),
             writable: options.writable,
             geometry,

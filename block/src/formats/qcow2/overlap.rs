@@ -4,7 +4,7 @@
 //! An image whose reference counts or mappings lie can hand out a table's cluster for data. So every
 //! cluster that is allocated, every table that is about to change and every place of guest data is looked
 //! up among the clusters of the header, the tables of the disk and of its snapshots, and the reference
-//! counts: QEMU's categories, but for the L2 tables of snapshots, as in its default. A small filter of
+//! counts: QEMU's categories, and by default all but the L2 tables of snapshots, as there. A small filter of
 //! bits answers "certainly not" without a lock, which is what a write in place asks.
 //!
 //! The set is built with the first change of the image, and anew when a table moved.
@@ -22,7 +22,7 @@ use super::{
     header::{Header, MAX_L1_SIZE},
     refcount::Run,
 };
-use crate::{Error, ErrorKind, Result, io::Io, sync::lock};
+use crate::{Error, ErrorKind, Result, io::Io, options::OverlapChecks, sync::lock};
 
 /// What a cluster of metadata is, in the order in which QEMU names one of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +34,12 @@ pub(super) enum Metadata {
     RefcountTable,
     SnapshotTable,
     InactiveL1,
+    InactiveL2,
     BitmapDirectory,
 }
 
 impl Metadata {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Header,
         Self::ActiveL1,
         Self::ActiveL2,
@@ -46,10 +47,11 @@ impl Metadata {
         Self::RefcountTable,
         Self::SnapshotTable,
         Self::InactiveL1,
+        Self::InactiveL2,
         Self::BitmapDirectory,
     ];
 
-    fn bit(self) -> u8 {
+    fn bit(self) -> u16 {
         1 << self as u8
     }
 
@@ -62,10 +64,14 @@ impl Metadata {
             Self::RefcountTable => "refcount table",
             Self::SnapshotTable => "snapshot table",
             Self::InactiveL1 => "inactive L1 table",
+            Self::InactiveL2 => "inactive L2 table",
             Self::BitmapDirectory => "bitmap directory",
         }
     }
 }
+
+/// The bits of an L1 entry that are the offset of an L2 table.
+const TABLE_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Bits of the filter for each cluster that is known when it is made, and at least.
 const FILTER_BITS: u64 = 16;
@@ -86,17 +92,44 @@ struct Places {
 #[derive(Debug, Default)]
 struct Known {
     built_for: Option<Places>,
-    clusters: HashMap<u64, u8>,
+    clusters: HashMap<u64, u16>,
 }
 
 /// The clusters of an image that are metadata.
 #[derive(Debug, Default)]
 pub(super) struct Overlap {
+    /// What is checked.
+    mask: u16,
     filter: OnceLock<Box<[AtomicU64]>>,
     known: Mutex<Known>,
 }
 
 impl Overlap {
+    /// Checks for these kinds of metadata.
+    pub(super) fn new(checks: OverlapChecks) -> Self {
+        let wanted = |kind: &Metadata| match kind {
+            Metadata::Header => checks.main_header,
+            Metadata::ActiveL1 => checks.active_l1,
+            Metadata::ActiveL2 => checks.active_l2,
+            Metadata::RefcountBlock => checks.refcount_block,
+            Metadata::RefcountTable => checks.refcount_table,
+            Metadata::SnapshotTable => checks.snapshot_table,
+            Metadata::InactiveL1 => checks.inactive_l1,
+            Metadata::InactiveL2 => checks.inactive_l2,
+            Metadata::BitmapDirectory => checks.bitmap_directory,
+        };
+        let kinds = Metadata::ALL.iter().filter(|kind| wanted(kind));
+        Self {
+            mask: kinds.fold(0, |mask, kind| mask | kind.bit()),
+            ..Self::default()
+        }
+    }
+
+    /// Whether that kind is checked.
+    fn checks(&self, kind: Metadata) -> bool {
+        self.mask & kind.bit() != 0
+    }
+
     /// The word and bit of the filter for a cluster.
     fn place(filter: &[AtomicU64], cluster: u64) -> (&AtomicU64, u64) {
         let hash = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
@@ -132,8 +165,8 @@ impl Overlap {
         lock(&self.known).built_for = None;
     }
 
-    /// What a cluster is known to be.
-    fn find(&self, cluster: u64) -> u8 {
+    /// What a cluster is known to be, of what is checked.
+    fn find(&self, cluster: u64) -> u16 {
         let Some(filter) = self.filter.get() else {
             return 0;
         };
@@ -145,7 +178,7 @@ impl Overlap {
         if known.built_for.is_none() {
             return 0;
         }
-        known.clusters.get(&cluster).copied().unwrap_or(0)
+        known.clusters.get(&cluster).copied().unwrap_or(0) & self.mask
     }
 
     /// Whether guest data may be written to a cluster, as far as is known.
@@ -154,7 +187,7 @@ impl Overlap {
     }
 }
 
-fn refused(kinds: u8) -> Result<()> {
+fn refused(kinds: u16) -> Result<()> {
     match Metadata::ALL.iter().find(|kind| kinds & kind.bit() != 0) {
         None => Ok(()),
         Some(kind) => Err(Error::corrupt(format!(
@@ -216,7 +249,41 @@ impl Qcow2 {
                 Err(error) => return Err(error),
             }
         }
+        if self.overlap.checks(Metadata::InactiveL2) {
+            self.add_inactive_tables(io).await?;
+        }
         lock(&self.overlap.known).built_for = Some(wanted);
+        Ok(())
+    }
+
+    /// Adds the L2 tables of snapshots.
+    async fn add_inactive_tables(&self, io: &Io) -> Result<()> {
+        const PIECE: u64 = 64 << 10;
+        let tables: Vec<(u64, u64)> = lock(&self.snapshots)
+            .snapshots
+            .iter()
+            .map(|one| (one.l1_table_offset, u64::from(one.l1_size) * 8))
+            .filter(|(_, bytes)| *bytes <= MAX_L1_SIZE)
+            .collect();
+        for (offset, bytes) in tables {
+            let mut at = 0;
+            while at < bytes {
+                let len = PIECE.min(bytes - at);
+                let Some(place) = offset.checked_add(at) else {
+                    break;
+                };
+                let piece = io.read_padded(self.file, place, len as usize).await?;
+                for entry in piece.chunks_exact(8) {
+                    let table = super::header::be64(entry, 0) & TABLE_OFFSET;
+                    // One that is not on a cluster boundary is found when the snapshot is used.
+                    if table != 0 && self.geometry.in_cluster(table) == 0 {
+                        let cluster = table >> self.geometry.cluster_bits;
+                        self.overlap.add(cluster, 1, Metadata::InactiveL2);
+                    }
+                }
+                at += len;
+            }
+        }
         Ok(())
     }
 
@@ -269,10 +336,24 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Allocates clusters: none of them is metadata already.
-    pub(super) async fn allocate(&self, io: &Io, count: u64, exact: bool) -> Result<Run> {
+    /// Allocates clusters for `what`: none of them is metadata already, and none is the header, whichever
+    /// checks were asked for.
+    pub(super) async fn allocate(
+        &self,
+        io: &Io,
+        what: &str,
+        count: u64,
+        exact: bool,
+    ) -> Result<Run> {
         self.before_allocation(io).await?;
-        let run = self.refcounts.allocate(io, count, exact).await?;
+        let run = self.refcounts.allocate(io, count, exact).await;
+        let run = run.map_err(|error| match (error.kind(), error.position()) {
+            (ErrorKind::Corrupt, Some(0)) => Error::corrupt(format!(
+                "Preventing invalid allocation of {what} at offset 0 (field {})",
+                error.message()
+            )),
+            _ => error,
+        })?;
         self.note_new_blocks()?;
         self.check_new(run.first, run.count)?;
         self.grow_ahead(io, run).await;
@@ -328,7 +409,7 @@ mod tests {
 
     #[test]
     fn what_is_known_is_found_and_named() {
-        let overlap = Overlap::default();
+        let overlap = Overlap::new(OverlapChecks::default());
         assert!(overlap.allows_data(0));
         let words = (0..1024).map(|_| AtomicU64::new(0)).collect();
         overlap.filter.set(words).unwrap();
@@ -345,5 +426,7 @@ mod tests {
         );
         overlap.remove(7, Metadata::ActiveL2);
         assert!(overlap.allows_data(7));
+        overlap.add(9, 1, Metadata::InactiveL2);
+        assert!(overlap.allows_data(9), "not checked by default");
     }
 }

@@ -474,7 +474,8 @@ impl Refcounts {
         };
         Err(Error::corrupt(format!(
             "refcount of host cluster {cluster}: 0, expected at least 1 for the {what}"
-        )))
+        ))
+        .offset(cluster << self.geometry.cluster_bits))
     }
 
     /// The active L1 table has a new place.

@@ -209,7 +209,7 @@ impl Qcow2 {
             )));
         }
         let clusters = bytes.div_ceil(self.geometry.cluster_size());
-        let run = self.allocate(io, clusters, true).await?;
+        let run = self.allocate(io, "L1 table", clusters, true).await?;
         let offset = self.geometry.start(run.first);
         let filled = self.fill_l1(io, offset, clusters).await;
         if let Err(error) = filled {

@@ -3,6 +3,7 @@
 //! What a snapshot does to an open image (create, apply, delete) is in [`ops`].
 
 pub mod ops;
+mod space;
 
 use super::header::{Header, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS, be16, be32, be64};
 use crate::{Error, FileId, Result, image::SnapshotInfo, io::Io};

@@ -189,7 +189,7 @@ impl Qcow2 {
         {
             return Ok(entry);
         }
-        let run = self.allocate(io, 1, true).await?;
+        let run = self.allocate(io, "L2 table", 1, true).await?;
         let filled = self.fill_l2_table(io, run, before).await;
         if let Err(error) = filled {
             self.refcounts.release(io, run.first, run.count).await?;

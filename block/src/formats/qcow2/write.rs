@@ -200,7 +200,7 @@ impl Qcow2 {
         if self.geometry.data_file {
             return Ok((Target::DataFile { first }, count, false));
         }
-        let run = self.allocate(io, count, false).await?;
+        let run = self.allocate(io, "data cluster", count, false).await?;
         Ok((Target::New { first: run.first }, run.count, run.virgin))
     }
 

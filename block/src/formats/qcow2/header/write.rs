@@ -182,6 +182,21 @@ impl Header {
             .find(|extension| extension.kind == kind)
     }
 
+    /// Adds an extension before the names of the features, which are the last that QEMU writes of those that
+    /// a new image has.
+    pub(in crate::formats::qcow2) fn add_before_names(
+        &mut self,
+        kind: ExtensionType,
+        data: Vec<u8>,
+    ) {
+        let names = self
+            .extensions
+            .iter()
+            .position(|extension| extension.kind == ExtensionType::FEATURE_NAMES);
+        let at = names.unwrap_or(self.extensions.len());
+        self.extensions.insert(at, Extension::new(kind, data));
+    }
+
     /// Sets, replaces or removes the extension of that type; the others stay where they are.
     pub fn set_extension(&mut self, kind: ExtensionType, data: Option<Vec<u8>>) {
         let is_it = |extension: &Extension| extension.kind == kind;

@@ -105,12 +105,14 @@ type Run = (u64, u64);
 
 /// Changes the snapshots of one image.
 pub(in crate::formats::qcow2) struct Editor<'a> {
-    io: &'a Io,
-    file: FileId,
+    pub(super) io: &'a Io,
+    pub(super) file: FileId,
     header: &'a mut Header,
-    counts: &'a Refcounts,
-    geometry: Geometry,
+    pub(super) counts: &'a Refcounts,
+    pub(super) geometry: Geometry,
     was_dirty: bool,
+    /// What a snapshot held alone gives its space back.
+    pub(super) punches: bool,
     /// The header could be neither changed nor put back: the file has one of the two.
     torn: bool,
 }
@@ -132,7 +134,14 @@ impl<'a> Editor<'a> {
             torn: false,
             header,
             counts,
+            punches: true,
         }
+    }
+
+    /// Whether what a snapshot held alone gives its space back; without this it does.
+    pub(in crate::formats::qcow2) fn punching(mut self, punches: bool) -> Self {
+        self.punches = punches;
+        self
     }
 
     /// Makes a snapshot of the disk and returns its id.
@@ -243,7 +252,9 @@ impl<'a> Editor<'a> {
         self.release_bytes(offset, entries as u64 * 8).await?;
         self.write_counts().await?;
         self.set_copied(&l1).await?;
-        self.end().await
+        self.end().await?;
+        self.punch_freed(&old).await;
+        Ok(())
     }
 
     async fn switch_l1(&mut self, l1: &[u64], size: u64, taken: &mut Vec<Taken>) -> Result<()> {
@@ -288,7 +299,9 @@ impl<'a> Editor<'a> {
             .await?;
         self.write_counts().await?;
         self.set_copied(&active).await?;
-        self.end().await
+        self.end().await?;
+        self.punch_freed(&l1).await;
+        Ok(())
     }
 
     /// Nobody counts the references to clusters of an external data file.
@@ -367,7 +380,7 @@ impl<'a> Editor<'a> {
     }
 
     /// The clusters that one L2 table names, and its own.
-    fn runs(&self, l1_entry: u64, table: &[u8]) -> Result<Vec<Run>> {
+    pub(super) fn runs(&self, l1_entry: u64, table: &[u8]) -> Result<Vec<Run>> {
         let bits = self.geometry.cluster_bits;
         let mut runs: Vec<Run> = vec![((l1_entry & OFFSET_MASK) >> bits, 1)];
         for (index, raw) in self.geometry.entries(table).enumerate() {
@@ -656,7 +669,7 @@ enum Taken {
     References(u64),
 }
 
-fn used(l1: &[u64]) -> impl Iterator<Item = u64> {
+pub(super) fn used(l1: &[u64]) -> impl Iterator<Item = u64> {
     l1.iter().copied().filter(|entry| entry & OFFSET_MASK != 0)
 }
 
