@@ -679,3 +679,23 @@ fn flipped_bytes_never_panic_and_never_hang() {
         .unwrap();
     assert!(peak < 1 << 20, "peak of {peak} KiB");
 }
+
+/// Found by the fuzz target `qcow2_image`: writing listed every cluster of such tables.
+#[test]
+fn a_snapshot_with_an_absurd_l1_table_costs_no_memory() {
+    let image = valid();
+    let table = be64(&image, 64) as usize;
+    // Too large to be one: writing goes on, the snapshot does not open.
+    let mut absurd = image.clone();
+    put(&mut absurd, table + 8, &u32::MAX.to_be_bytes());
+    let dir = scratch();
+    let path = dir.path().join("hostile.img");
+    fs::write(&path, &absurd).unwrap();
+    let named = OpenOptions::new().format(Format::Qcow2);
+    let disk = named.clone().open_disk(&path).unwrap();
+    disk.write_at(&[7; 4096], 0).unwrap();
+    disk.close().unwrap();
+    let opened = named.read_only(true).snapshot("one").open_disk(&path);
+    let text = opened.err().unwrap().to_string();
+    assert!(text.contains("hostile.img"), "{text}");
+}

@@ -17,7 +17,11 @@ use std::{
     },
 };
 
-use super::{Qcow2, header::Header, refcount::Run};
+use super::{
+    Qcow2,
+    header::{Header, MAX_L1_SIZE},
+    refcount::Run,
+};
 use crate::{Error, ErrorKind, Result, io::Io, options::OverlapChecks, sync::lock};
 
 /// What a cluster of metadata is, in the order in which QEMU names one of several.
@@ -72,6 +76,9 @@ const TABLE_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of the filter for each cluster that is known when it is made, and at least.
 const FILTER_BITS: u64 = 16;
 const MIN_FILTER_BITS: u64 = 1 << 16;
+
+/// Most clusters of L1 tables of snapshots.
+const MAX_INACTIVE_CLUSTERS: u64 = 1 << 22;
 
 /// Where the tables are that have one place each: when it changes, the set is built anew.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -227,7 +234,7 @@ impl Qcow2 {
             known.built_for = None;
             known.clusters.clear();
         }
-        self.add_places(&header);
+        self.add_places(&header)?;
         let bits = self.geometry.cluster_bits;
         for offset in blocks {
             self.overlap.add(offset >> bits, 1, Metadata::RefcountBlock);
@@ -256,6 +263,7 @@ impl Qcow2 {
             .snapshots
             .iter()
             .map(|one| (one.l1_table_offset, u64::from(one.l1_size) * 8))
+            .filter(|(_, bytes)| *bytes <= MAX_L1_SIZE)
             .collect();
         for (offset, bytes) in tables {
             let mut at = 0;
@@ -279,7 +287,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn add_places(&self, header: &Header) {
+    fn add_places(&self, header: &Header) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let size = self.geometry.cluster_size();
         let add = |offset: u64, bytes: u64, kind| {
@@ -297,8 +305,24 @@ impl Qcow2 {
             snapshots.byte_len(),
             Metadata::SnapshotTable,
         );
+        let mut clusters = 0;
         for snapshot in &snapshots.snapshots {
             let bytes = u64::from(snapshot.l1_size) * 8;
+            // A larger one cannot be: who goes back to that snapshot, or deletes it, is told.
+            if bytes > MAX_L1_SIZE {
+                continue;
+            }
+            clusters += bytes.div_ceil(size);
+            if clusters > MAX_INACTIVE_CLUSTERS {
+                return Err(Error::invalid_image(
+                    "the snapshots' L1 tables are too large to write to the image",
+                )
+                .field(
+                    "l1_size",
+                    snapshot.l1_size,
+                    "all snapshots' tables within 4194304 clusters",
+                ));
+            }
             add(snapshot.l1_table_offset, bytes, Metadata::InactiveL1);
         }
         drop(snapshots);
@@ -309,6 +333,7 @@ impl Qcow2 {
                 Metadata::BitmapDirectory,
             );
         }
+        Ok(())
     }
 
     /// Allocates clusters for `what`: none of them is metadata already, and none is the header, whichever
