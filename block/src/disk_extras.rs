@@ -3,8 +3,9 @@
 use crate::{
     Disk, DiskFile, Error, ErrorKind, Result,
     dirty::DirtyBits,
-    extras::{BitmapChange, BitmapInfo, DiskExtras, ImageExtras, NewSnapshot, keeps_none},
-    image::SnapshotInfo,
+    extras::{
+        BitmapChange, BitmapInfo, DiskExtras, ImageExtras, NewSnapshot, SnapshotInfo, keeps_none,
+    },
     io::Io,
 };
 

@@ -3,10 +3,9 @@
 
 use std::sync::Arc;
 
-use crate::{
-    Error, Format, Result, dirty::DirtyBits, hooks::Hook, image::SnapshotInfo, io::Io,
-    sync::LocalFuture,
-};
+use serde::Serialize;
+
+use crate::{Error, Format, Result, dirty::DirtyBits, hooks::Hook, io::Io, sync::LocalFuture};
 
 /// What the caller knows of a new snapshot.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +21,27 @@ pub struct NewSnapshot {
     /// Bytes of VM state, written before with
     /// [`write_vm_state`](DiskExtras::write_vm_state).
     pub vm_state_size: u64,
+    /// The record/replay instruction count, where there is one.
+    pub icount: Option<u64>,
+}
+
+/// An internal snapshot, as the image lists it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SnapshotInfo {
+    /// Unique id.
+    pub id: String,
+    /// The name given to it.
+    pub name: String,
+    /// Bytes of virtual machine state.
+    pub vm_state_size: u64,
+    /// Creation time, seconds since 1970.
+    pub date_sec: u32,
+    /// Creation time, nanoseconds within the second.
+    pub date_nsec: u32,
+    /// Guest run time in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Disk size at the snapshot, in bytes.
+    pub disk_size: u64,
     /// The record/replay instruction count, where there is one.
     pub icount: Option<u64>,
 }

@@ -18,7 +18,7 @@ use crate::{
     Capabilities, DiskTopology, Error, FileId, Format, GuestRange, Result,
     crypto::KeyChange,
     encryption::Encryption,
-    extras::ImageExtras,
+    extras::{ImageExtras, SnapshotInfo},
     io::{Buffers, Io},
     sync::LocalFuture,
     table::MapCache,
@@ -268,27 +268,6 @@ pub struct ImageInfo {
     pub format_specific: serde_json::Map<String, serde_json::Value>,
     /// Internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
-}
-
-/// An internal snapshot, as the image lists it.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct SnapshotInfo {
-    /// Unique id.
-    pub id: String,
-    /// The name given to it.
-    pub name: String,
-    /// Bytes of virtual machine state.
-    pub vm_state_size: u64,
-    /// Creation time, seconds since 1970.
-    pub date_sec: u32,
-    /// Creation time, nanoseconds within the second.
-    pub date_nsec: u32,
-    /// Guest run time in nanoseconds.
-    pub vm_clock_nsec: u64,
-    /// Disk size at the snapshot, in bytes.
-    pub disk_size: u64,
-    /// The record/replay instruction count, where there is one.
-    pub icount: Option<u64>,
 }
 
 /// What a format implements. One implementation serves the sync and the async variant, and every

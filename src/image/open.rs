@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use block::{
     AsyncDiskFile, CacheMode, DetectZeroes, DiscardPolicy, Disk, DiskFile, Error, ErrorKind,
-    FileGate, Format, Locking, OpenOptions, OverlapChecks, PassDiscards, image::SnapshotInfo,
+    FileGate, Format, Locking, OpenOptions, OverlapChecks, PassDiscards, extras::SnapshotInfo,
     io::EngineKind,
 };
 use clap::Args;

@@ -1,6 +1,6 @@
 //! The table of internal snapshots, as `info` and `snapshot -l` print it.
 
-use block::image::SnapshotInfo;
+use block::extras::SnapshotInfo;
 use chrono::{DateTime, Local, Utc};
 
 use crate::{say, util::size};

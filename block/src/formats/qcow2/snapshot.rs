@@ -6,7 +6,7 @@ pub mod ops;
 mod space;
 
 use super::header::{Header, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS, be16, be32, be64};
-use crate::{Error, FileId, Result, image::SnapshotInfo, io::Io};
+use crate::{Error, FileId, Result, extras::SnapshotInfo, io::Io};
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 40;
