@@ -14,6 +14,7 @@
 //! [`Hba::doorbell`], if it sleeps.
 
 mod command;
+mod config;
 mod drive;
 pub mod driver;
 mod execute;
@@ -24,11 +25,13 @@ mod port;
 mod post;
 mod queue;
 pub mod regs;
+mod shared;
 mod slot;
 mod state;
 mod tray;
 
-pub use hba::{Hba, HbaConfig, OpticalConfig, Quirks};
+pub use config::{HbaConfig, OpticalConfig, Quirks};
+pub use hba::Hba;
 pub use queue::{PortQueue, PortWorker};
+pub use shared::TrayListener;
 pub use state::{HbaState, STATE_VERSION};
-pub use tray::TrayListener;

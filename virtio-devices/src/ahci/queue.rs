@@ -8,9 +8,9 @@ use block::io::{Completion, RequestOp};
 use super::{
     command::{self, Command, Fault},
     fis::{self, FromHost},
-    hba::Shared,
     port::Port,
     regs::{cmd, is, serr},
+    shared::Shared,
     slot::Slot,
 };
 use crate::{
