@@ -351,6 +351,11 @@ impl AtaDisk {
         registers
     }
 
+    /// Whether TRIM is offered.
+    pub(super) fn offers_trim(&self) -> bool {
+        !self.config.read_only && self.config.trim != Trim::None
+    }
+
     /// Adds a failure to the error log.
     pub(super) fn note_error(&mut self, task: &TaskFile, registers: Registers) {
         let hours = (self.seconds() / 3600).min(0xffff) as u16;

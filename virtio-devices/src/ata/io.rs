@@ -193,11 +193,6 @@ impl AtaDisk {
         }
     }
 
-    /// Whether TRIM is offered.
-    pub(super) fn offers_trim(&self) -> bool {
-        !self.config.read_only && self.config.trim != Trim::None
-    }
-
     /// The ranges of a TRIM: 48 bits of LBA, 16 bits of sectors each. All are checked before any is
     /// trimmed.
     pub(super) fn trim(&mut self, task: &TaskFile, data: &[u8]) -> Step {
