@@ -14,9 +14,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     config::{HbaConfig, OpticalConfig},
     drive::{Device, Drive},
+    front::PortWorker,
     interrupt::Irq,
     port::Port,
-    queue::{PortQueue, PortWorker},
+    queue::PortQueue,
     regs::{self, cap, ghc},
     shared::{Shared, TrayListener, lock},
 };

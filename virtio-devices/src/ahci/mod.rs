@@ -19,6 +19,7 @@ mod drive;
 pub mod driver;
 mod execute;
 mod fis;
+mod front;
 mod hba;
 mod interrupt;
 mod port;
@@ -31,7 +32,8 @@ mod state;
 mod tray;
 
 pub use config::{HbaConfig, OpticalConfig, Quirks};
+pub use front::PortWorker;
 pub use hba::Hba;
-pub use queue::{PortQueue, PortWorker};
+pub use queue::PortQueue;
 pub use shared::TrayListener;
 pub use state::{HbaState, STATE_VERSION};

@@ -20,6 +20,7 @@ use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};
 const FUA: u32 = 1 << 30;
 /// DEAC of Write Zeroes, in dword 12.
 const DEALLOCATE: u32 = 1 << 25;
+
 impl<S: MemorySource> NvmeQueues<S> {
     /// Starts an I/O command that was just taken.
     pub(super) fn io(&mut self, index: u32, guest: &mut BatchMemory<'_, S::M>, batch: &mut Batch) {
