@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -12,12 +12,14 @@ use block::AsyncDiskFile;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
+    config::{HbaConfig, OpticalConfig},
     drive::{Device, Drive},
+    front::PortWorker,
     interrupt::Irq,
     port::Port,
-    queue::{PortQueue, PortWorker},
+    queue::PortQueue,
     regs::{self, cap, ghc},
-    tray::TrayListener,
+    shared::{Shared, TrayListener, lock},
 };
 use crate::{
     Error, MemorySource, Result, VectorInterrupt,
@@ -26,111 +28,6 @@ use crate::{
     stats::QueueStats,
     worker::Worker,
 };
-
-/// Where an HBA does what other models do, and not what the specification says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Quirks {
-    /// A command that reads with PIO ends with a Register FIS after its last PIO Setup FIS.
-    pub register_after_pio_in: bool,
-    /// Descriptors do not interrupt (PxIS.DPS), whatever they ask for.
-    pub no_descriptor_interrupt: bool,
-    /// A READ or WRITE with a 28-bit address counts with 16 bits.
-    pub wide_counts: bool,
-}
-
-/// How an HBA is made.
-#[derive(Clone, Debug)]
-pub struct HbaConfig {
-    /// Ports, 1 to 32.
-    pub ports: u8,
-    /// CAP.SSS: a port is silent until the driver sets PxCMD.SUD.
-    pub staggered_spin_up: bool,
-    /// CAP.CCCS: command completion coalescing. It needs a bit of IS, so that 32 ports have none.
-    pub coalescing: bool,
-    /// What VS says: 0001_0301h is AHCI 1.3.1.
-    pub version: u32,
-    /// Deviations.
-    pub quirks: Quirks,
-}
-
-impl Default for HbaConfig {
-    fn default() -> Self {
-        Self {
-            ports: 6,
-            staggered_spin_up: false,
-            coalescing: true,
-            version: 0x0001_0301,
-            quirks: Quirks::default(),
-        }
-    }
-}
-
-/// What an optical drive says of itself.
-#[derive(Clone, Debug)]
-pub struct OpticalConfig {
-    /// At most 40 ASCII characters.
-    pub model: String,
-    /// At most 20 ASCII characters.
-    pub serial: String,
-    /// At most 8 ASCII characters.
-    pub firmware: String,
-}
-
-impl Default for OpticalConfig {
-    fn default() -> Self {
-        Self {
-            model: "Platter DVD-ROM".to_owned(),
-            serial: "PLATTER0".to_owned(),
-            firmware: "1.0".to_owned(),
-        }
-    }
-}
-
-/// What the ports of an HBA and their workers share.
-pub(super) struct Shared {
-    pub(super) config: HbaConfig,
-    ports: Vec<Mutex<Port>>,
-    irq: Mutex<Irq>,
-    /// Coalesced completions wait for their time.
-    pub(super) coalescing: AtomicBool,
-    stats: Vec<Arc<QueueStats>>,
-    on_tray: Mutex<Option<TrayListener>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Shared {
-    /// The port; it is locked before the interrupts, never after.
-    pub(super) fn port(&self, index: u32) -> MutexGuard<'_, Port> {
-        lock(&self.ports[index as usize])
-    }
-
-    pub(super) fn irq(&self) -> MutexGuard<'_, Irq> {
-        lock(&self.irq)
-    }
-
-    /// The guest has moved a tray.
-    pub(super) fn tray_moved(&self, index: u32, open: bool) {
-        let listener = lock(&self.on_tray).clone();
-        if let Some(listener) = listener {
-            listener(index as u8, open);
-        }
-    }
-
-    /// Shows the interrupts of a port, after `completed` commands; returns whether that interrupts
-    /// the guest.
-    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) -> bool {
-        let mut irq = self.irq();
-        let before = irq.is;
-        irq.port(index, port.interrupts());
-        irq.completed(index, completed);
-        self.coalescing
-            .store(irq.due().is_some(), Ordering::Relaxed);
-        irq.enabled && irq.is & !before != 0
-    }
-}
 
 /// An AHCI host bus adapter. Every method may be called from any thread.
 pub struct Hba {

@@ -14,21 +14,26 @@
 //! [`Hba::doorbell`], if it sleeps.
 
 mod command;
+mod config;
 mod drive;
 pub mod driver;
 mod execute;
 mod fis;
+mod front;
 mod hba;
 mod interrupt;
 mod port;
 mod post;
 mod queue;
 pub mod regs;
+mod shared;
 mod slot;
 mod state;
 mod tray;
 
-pub use hba::{Hba, HbaConfig, OpticalConfig, Quirks};
-pub use queue::{PortQueue, PortWorker};
+pub use config::{HbaConfig, OpticalConfig, Quirks};
+pub use front::PortWorker;
+pub use hba::Hba;
+pub use queue::PortQueue;
+pub use shared::TrayListener;
 pub use state::{HbaState, STATE_VERSION};
-pub use tray::TrayListener;

@@ -1,7 +1,5 @@
 //! The host's side of optical drives: open and close trays, change media.
 
-use std::sync::Arc;
-
 use block::AsyncDiskFile;
 
 use super::{
@@ -9,10 +7,6 @@ use super::{
     drive::{Device, Drive},
 };
 use crate::{Error, Result, mmc::MmcDrive};
-
-/// Is told when the guest moves a tray: the port, and whether the tray is open now. It is called
-/// with locks of the HBA held and must not call back into it.
-pub type TrayListener = Arc<dyn Fn(u8, bool) + Send + Sync>;
 
 impl Hba {
     /// Opens the tray of an optical drive. If the guest has locked it, it stays closed unless

@@ -1,4 +1,4 @@
-//! An ATA disk: its configuration, its state, and which command goes where.
+//! An ATA disk: its configuration and its state.
 
 use std::{
     sync::{
@@ -12,10 +12,17 @@ use block::AsyncDiskFile;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    NcqError, Payload, Protocol, Registers, Step, TaskFile, error, logs::HostLogs, opcode,
-    smart::ErrorEntry, status,
+    NcqError, Registers, Step, TaskFile, error,
+    kept::{ERRORS, ErrorEntry, HostLogs},
+    status,
 };
 use crate::{Error, Result, identity};
+
+/// The most sectors of a DRQ block of READ and WRITE MULTIPLE.
+pub(super) const MAX_MULTIPLE: u8 = 16;
+
+/// Heads and sectors a track, unless the driver says something else.
+pub(super) const DEFAULT_GEOMETRY: (u8, u8) = (16, 63);
 
 /// What TRIM does on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,7 +234,7 @@ impl AtaDisk {
                 smart_autosave: true,
                 preserve_settings: true,
                 keep_on_reset: false,
-                geometry: super::io::DEFAULT_GEOMETRY,
+                geometry: DEFAULT_GEOMETRY,
                 ncq_error: None,
                 counters: Counters::default(),
                 errors: Vec::new(),
@@ -276,12 +283,11 @@ impl AtaDisk {
     /// [`Error::State`] for values that no command could have set.
     pub fn restore(&mut self, state: DiskState) -> Result<()> {
         if state.multiple != 0
-            && (!state.multiple.is_power_of_two() || state.multiple > super::io::MAX_MULTIPLE)
+            && (!state.multiple.is_power_of_two() || state.multiple > MAX_MULTIPLE)
         {
             return Err(Error::State(format!(
                 "multiple is {}, not a power of two up to {}",
-                state.multiple,
-                super::io::MAX_MULTIPLE
+                state.multiple, MAX_MULTIPLE
             )));
         }
         if state.geometry.0 == 0 || state.geometry.0 > 16 || state.geometry.1 == 0 {
@@ -290,76 +296,12 @@ impl AtaDisk {
                 state.geometry.0, state.geometry.1
             )));
         }
-        if state.errors.len() > super::smart::ERRORS || !state.host_logs.is_sane() {
+        if state.errors.len() > ERRORS || !state.host_logs.is_sane() {
             return Err(Error::State("logs are larger than they can be".to_owned()));
         }
         self.state = state;
         self.since = Instant::now();
         Ok(())
-    }
-
-    /// Starts a command.
-    pub fn command(&mut self, task: &TaskFile) -> Step {
-        if self.state.power == Power::Sleep {
-            return self.abort(task);
-        }
-        let pio = Protocol::Pio {
-            block: self.config.logical_sector,
-        };
-        match task.command {
-            opcode::READ_SECTORS | opcode::READ_SECTORS_NORETRY => self.rw28(task, pio, false),
-            opcode::WRITE_SECTORS | opcode::WRITE_SECTORS_NORETRY => self.rw28(task, pio, true),
-            opcode::READ_DMA | opcode::READ_DMA_NORETRY => self.rw28(task, Protocol::Dma, false),
-            opcode::WRITE_DMA | opcode::WRITE_DMA_NORETRY => self.rw28(task, Protocol::Dma, true),
-            opcode::READ_SECTORS_EXT => self.rw48(task, pio, false, false),
-            opcode::WRITE_SECTORS_EXT => self.rw48(task, pio, true, false),
-            opcode::READ_DMA_EXT => self.rw48(task, Protocol::Dma, false, false),
-            opcode::WRITE_DMA_EXT => self.rw48(task, Protocol::Dma, true, false),
-            opcode::WRITE_DMA_FUA_EXT => self.rw48(task, Protocol::Dma, true, true),
-            opcode::READ_MULTIPLE
-            | opcode::WRITE_MULTIPLE
-            | opcode::READ_MULTIPLE_EXT
-            | opcode::WRITE_MULTIPLE_EXT
-            | opcode::WRITE_MULTIPLE_FUA_EXT => self.multiple(task),
-            opcode::READ_FPDMA_QUEUED
-            | opcode::WRITE_FPDMA_QUEUED
-            | opcode::SEND_FPDMA_QUEUED
-            | opcode::RECEIVE_FPDMA_QUEUED => self.queued(task),
-            opcode::READ_VERIFY | opcode::READ_VERIFY_NORETRY | opcode::READ_VERIFY_EXT => {
-                self.verify(task)
-            }
-            opcode::FLUSH_CACHE | opcode::FLUSH_CACHE_EXT => Step::Flush,
-            opcode::DATA_SET_MANAGEMENT => self.data_set_management(task),
-            opcode::IDENTIFY_DEVICE => Step::In {
-                protocol: Protocol::Pio { block: 512 },
-                data: self.identify().to_vec(),
-            },
-            opcode::SET_FEATURES => self.set_features(task),
-            opcode::SET_MULTIPLE_MODE => self.set_multiple(task),
-            opcode::INITIALIZE_DEVICE_PARAMETERS => self.initialize_parameters(task),
-            opcode::READ_NATIVE_MAX | opcode::READ_NATIVE_MAX_EXT => self.native_max(task),
-            opcode::SEEK..=0x7f | opcode::RECALIBRATE..=0x1f => Step::End(Registers::ready(task)),
-            opcode::EXECUTE_DEVICE_DIAGNOSTIC => Step::End(Self::signature()),
-            opcode::STANDBY_IMMEDIATE..=opcode::SLEEP
-            | opcode::STANDBY_IMMEDIATE_OLD..=opcode::SLEEP_OLD => self.power(task),
-            opcode::SMART => self.smart(task),
-            opcode::READ_LOG_EXT | opcode::READ_LOG_DMA_EXT => self.read_log_command(task),
-            opcode::WRITE_LOG_EXT | opcode::WRITE_LOG_DMA_EXT => self.write_log_command(task),
-            // NOP always ends like this; so does everything that is not offered.
-            _ => self.abort(task),
-        }
-    }
-
-    /// Goes on with the data that a [`Step::Out`] asked for.
-    pub fn data_out(&mut self, task: &TaskFile, payload: Payload, data: &[u8]) -> Step {
-        match payload {
-            Payload::Trim => self.trim(task, data),
-            Payload::Log { address, page } => {
-                self.state.host_logs.write(address, page, data);
-                Step::End(Registers::ready(task))
-            }
-            Payload::Parameters => self.abort(task),
-        }
     }
 
     /// The registers after a reset or a diagnostic: the signature of an ATA disk.
@@ -390,7 +332,7 @@ impl AtaDisk {
             self.state.multiple = 0;
             self.state.look_ahead = true;
             self.state.write_cache = self.config.write_cache;
-            self.state.geometry = super::io::DEFAULT_GEOMETRY;
+            self.state.geometry = DEFAULT_GEOMETRY;
         }
     }
 
@@ -407,5 +349,25 @@ impl AtaDisk {
             self.note_error(task, registers);
         }
         registers
+    }
+
+    /// Whether TRIM is offered.
+    pub(super) fn offers_trim(&self) -> bool {
+        !self.config.read_only && self.config.trim != Trim::None
+    }
+
+    /// Adds a failure to the error log.
+    pub(super) fn note_error(&mut self, task: &TaskFile, registers: Registers) {
+        let hours = (self.seconds() / 3600).min(0xffff) as u16;
+        let state = &mut self.state;
+        state.counters.errors += 1;
+        if state.errors.len() == ERRORS {
+            state.errors.remove(0);
+        }
+        state.errors.push(ErrorEntry {
+            task: *task,
+            registers,
+            hours,
+        });
     }
 }

@@ -1,6 +1,10 @@
 //! SET FEATURES, SET MULTIPLE MODE, INITIALIZE DEVICE PARAMETERS, and the power modes.
 
-use super::{AtaDisk, Registers, Step, TaskFile, disk::Power, io::MAX_MULTIPLE, opcode};
+use super::{
+    AtaDisk, Registers, Step, TaskFile,
+    disk::{MAX_MULTIPLE, Power},
+    opcode,
+};
 
 impl AtaDisk {
     /// SET FEATURES (ACS-3, 7.45).

@@ -2,8 +2,8 @@
 
 use super::{
     AtaDisk,
-    disk::Trim,
-    io::{MAX_MULTIPLE, MAX_TRIM_BLOCKS},
+    disk::{MAX_MULTIPLE, Trim},
+    io::MAX_TRIM_BLOCKS,
 };
 
 /// The words of an IDENTIFY.

@@ -4,18 +4,12 @@ use block::ErrorKind;
 
 use super::{
     AtaDisk, NcqError, Payload, Protocol, Range, Registers, Step, TaskFile,
-    disk::{Power, Trim},
+    disk::{DEFAULT_GEOMETRY, Power, Trim},
     error, opcode,
 };
 
-/// The most sectors of a DRQ block of READ and WRITE MULTIPLE.
-pub(super) const MAX_MULTIPLE: u8 = 16;
-
 /// The most 512-byte blocks of ranges that a TRIM may bring: 64 ranges each.
 pub(super) const MAX_TRIM_BLOCKS: u16 = 8;
-
-/// Heads and sectors a track, unless the driver says something else.
-pub(super) const DEFAULT_GEOMETRY: (u8, u8) = (16, 63);
 
 impl AtaDisk {
     /// READ and WRITE with a 28-bit address.
@@ -197,11 +191,6 @@ impl AtaDisk {
             len: u32::from(blocks) * 512,
             payload: Payload::Trim,
         }
-    }
-
-    /// Whether TRIM is offered.
-    pub(super) fn offers_trim(&self) -> bool {
-        !self.config.read_only && self.config.trim != Trim::None
     }
 
     /// The ranges of a TRIM: 48 bits of LBA, 16 bits of sectors each. All are checked before any is

@@ -1,13 +1,10 @@
 //! The general purpose logs (ACS-3, annex A; SATA 3.2, 13.7).
 
-use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
-
-use super::{AtaDisk, Payload, Protocol, Registers, Step, TaskFile, opcode, smart::sum};
-
-/// Pages of a log that the host keeps things in.
-pub(super) const HOST_PAGES: u16 = 16;
+use super::{
+    AtaDisk, Payload, Protocol, Step, TaskFile,
+    kept::{HOST_PAGES, HostLogs, sum},
+    opcode,
+};
 
 const DIRECTORY: u8 = 0x00;
 const STATISTICS: u8 = 0x04;
@@ -18,59 +15,6 @@ const IDENTIFY_DATA: u8 = 0x30;
 
 /// A page that says something: the other fields of it are not there.
 const VALID: u64 = 1 << 63;
-
-/// What the NCQ command error log tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NcqError {
-    /// The tag of the command that failed; `None` if it was no queued command.
-    pub tag: Option<u8>,
-    /// Its end.
-    pub registers: Registers,
-}
-
-/// Logs 80h to 9Fh: the host's own. Pages that were never written are zeroes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct HostLogs(BTreeMap<u16, Vec<u8>>);
-
-impl HostLogs {
-    fn key(address: u8, page: u16) -> u16 {
-        u16::from(address) << 8 | page
-    }
-
-    /// Whether these pages can be written.
-    pub(super) fn has(address: u8, page: u16, count: u16) -> bool {
-        (0x80..=0x9f).contains(&address)
-            && count > 0
-            && page.checked_add(count).is_some_and(|end| end <= HOST_PAGES)
-    }
-
-    pub(super) fn read(&self, address: u8, page: u16, count: u16) -> Option<Vec<u8>> {
-        if !Self::has(address, page, count) {
-            return None;
-        }
-        let mut data = vec![0; usize::from(count) * 512];
-        for (at, out) in data.chunks_exact_mut(512).enumerate() {
-            if let Some(kept) = self.0.get(&Self::key(address, page + at as u16)) {
-                out.copy_from_slice(kept);
-            }
-        }
-        Some(data)
-    }
-
-    pub(super) fn write(&mut self, address: u8, page: u16, data: &[u8]) {
-        for (at, bytes) in data.chunks_exact(512).enumerate() {
-            self.0
-                .insert(Self::key(address, page + at as u16), bytes.to_vec());
-        }
-    }
-
-    /// Whether a driver could have made it.
-    pub(super) fn is_sane(&self) -> bool {
-        self.0
-            .iter()
-            .all(|(key, page)| Self::has((key >> 8) as u8, key & 0xff, 1) && page.len() == 512)
-    }
-}
 
 impl AtaDisk {
     /// READ LOG EXT and READ LOG DMA EXT.

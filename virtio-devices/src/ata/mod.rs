@@ -8,10 +8,12 @@
 //!                    └───────────────────────────────────────┘
 //! ```
 
+mod command;
 mod disk;
 mod features;
 mod identify;
 mod io;
+mod kept;
 mod logs;
 pub mod opcode;
 mod packet;
@@ -23,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::mmc::Fields;
 
 pub use disk::{AtaDisk, Counters, DiskConfig, DiskState, Power, Trim};
-pub use logs::NcqError;
+pub use kept::NcqError;
 pub use packet::AtapiDrive;
 pub use taskfile::{Registers, TaskFile, error, status};
 

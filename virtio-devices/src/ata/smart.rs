@@ -1,20 +1,10 @@
 //! SMART (ACS-3, 7.48): attributes from real counters, thresholds, the error log. There are no
 //! self-tests: a virtual disk has nothing to test that a read would not show.
 
-use serde::{Deserialize, Serialize};
-
-use super::{AtaDisk, Payload, Protocol, Registers, Step, TaskFile};
-
-/// Errors that the error log keeps.
-pub(super) const ERRORS: usize = 5;
-
-/// A command that failed, for the error log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ErrorEntry {
-    task: TaskFile,
-    registers: Registers,
-    hours: u16,
-}
+use super::{
+    AtaDisk, Payload, Protocol, Registers, Step, TaskFile,
+    kept::{HOST_PAGES, HostLogs, sum},
+};
 
 const READ_DATA: u8 = 0xd0;
 const READ_THRESHOLDS: u8 = 0xd1;
@@ -31,21 +21,6 @@ const RETURN_STATUS: u8 = 0xda;
 const KEY: u64 = 0xc24f;
 
 impl AtaDisk {
-    /// Adds a failure to the error log.
-    pub(super) fn note_error(&mut self, task: &TaskFile, registers: Registers) {
-        let hours = (self.seconds() / 3600).min(0xffff) as u16;
-        let state = &mut self.state;
-        state.counters.errors += 1;
-        if state.errors.len() == ERRORS {
-            state.errors.remove(0);
-        }
-        state.errors.push(ErrorEntry {
-            task: *task,
-            registers,
-            hours,
-        });
-    }
-
     /// The SMART command.
     pub(super) fn smart(&mut self, task: &TaskFile) -> Step {
         let function = task.features as u8;
@@ -97,7 +72,7 @@ impl AtaDisk {
 
     fn smart_write_log(&mut self, task: &TaskFile, protocol: Protocol) -> Step {
         let (address, count) = (task.lba as u8, task.count & 0xff);
-        if !super::logs::HostLogs::has(address, 0, count) {
+        if !HostLogs::has(address, 0, count) {
             return self.abort(task);
         }
         Step::Out {
@@ -182,14 +157,7 @@ fn smart_directory() -> Vec<u8> {
     data[0] = 1;
     data[2] = 1;
     for address in 0x80..=0x9f {
-        data[address * 2] = super::logs::HOST_PAGES as u8;
+        data[address * 2] = HOST_PAGES as u8;
     }
-    data
-}
-
-/// Sets the last byte so that all of them add up to 0.
-pub(super) fn sum(mut data: [u8; 512]) -> [u8; 512] {
-    let sum = data[..511].iter().fold(0u8, |sum, &b| sum.wrapping_add(b));
-    data[511] = sum.wrapping_neg();
     data
 }

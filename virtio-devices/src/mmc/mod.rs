@@ -5,6 +5,7 @@
 //! The host's side of the tray is here too: [`MmcDrive::insert`], [`MmcDrive::eject`],
 //! [`MmcDrive::open_tray`] and [`MmcDrive::close_tray`].
 
+mod command;
 mod disc;
 mod drive;
 mod features;

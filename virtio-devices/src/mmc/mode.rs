@@ -1,8 +1,9 @@
 //! MODE SENSE (10) and MODE SELECT (10): pages 01h, 1Ah, 1Dh and 2Ah.
 
-use serde::{Deserialize, Serialize};
-
-use super::{Cdb, MmcDrive, Reply, Sense, be16, drive::cut};
+use super::{
+    Cdb, MmcDrive, Reply, Sense, be16,
+    drive::{Modes, cut},
+};
 
 const RECOVERY: u8 = 0x01;
 const POWER: u8 = 0x1a;
@@ -12,22 +13,6 @@ const ALL: u8 = 0x3f;
 
 /// Bytes of the header of a parameter list.
 const HEADER: usize = 8;
-
-/// What MODE SELECT can set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Modes {
-    recovery: u8,
-    retries: u8,
-}
-
-impl Default for Modes {
-    fn default() -> Self {
-        Self {
-            recovery: 0,
-            retries: 5,
-        }
-    }
-}
 
 impl MmcDrive {
     /// A page: current values, what can be changed, or defaults.

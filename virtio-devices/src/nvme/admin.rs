@@ -8,40 +8,14 @@ use super::{
     core::{Mail, NewCq, NewSq, Queue},
     doorbell::Shadow,
     events::MAX_REQUESTS,
-    front::NvmeQueues,
     namespace::flag,
+    opcode::admin as opcode,
+    outcome::{Answer, Outcome},
+    queues::NvmeQueues,
     registers::MAX_ENTRIES,
     slot::Step,
 };
 use crate::{MemorySource, memory::BatchMemory};
-
-pub(super) mod opcode {
-    pub(in crate::nvme) const DELETE_SQ: u8 = 0x00;
-    pub(in crate::nvme) const CREATE_SQ: u8 = 0x01;
-    pub(in crate::nvme) const GET_LOG_PAGE: u8 = 0x02;
-    pub(in crate::nvme) const DELETE_CQ: u8 = 0x04;
-    pub(in crate::nvme) const CREATE_CQ: u8 = 0x05;
-    pub(in crate::nvme) const IDENTIFY: u8 = 0x06;
-    pub(in crate::nvme) const ABORT: u8 = 0x08;
-    pub(in crate::nvme) const SET_FEATURES: u8 = 0x09;
-    pub(in crate::nvme) const GET_FEATURES: u8 = 0x0a;
-    pub(in crate::nvme) const ASYNC_EVENT_REQUEST: u8 = 0x0c;
-    pub(in crate::nvme) const NAMESPACE_MANAGEMENT: u8 = 0x0d;
-    pub(in crate::nvme) const NAMESPACE_ATTACHMENT: u8 = 0x15;
-    pub(in crate::nvme) const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
-    pub(in crate::nvme) const FORMAT_NVM: u8 = 0x80;
-    pub(in crate::nvme) const SANITIZE: u8 = 0x84;
-}
-
-/// What an admin command comes to.
-pub(super) enum Outcome {
-    /// It ends, with dword 0 of its completion.
-    Done(u32),
-    /// It ends when mail comes, or an event.
-    Later,
-}
-
-pub(super) type Answer = Result<Outcome, Status>;
 
 impl<S: MemorySource> NvmeQueues<S> {
     /// Executes an admin command.

@@ -5,10 +5,10 @@ use block::io::{AlignedBuf, Buffers, RequestOp};
 use super::{
     Namespace, Status,
     command::{Command, le32, le64},
-    front::NvmeQueues,
-    io::check_marks,
+    pieces::CopyState,
+    queues::NvmeQueues,
+    request::check_marks,
     slot::Step,
-    stream::CHUNK,
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};
 
@@ -21,35 +21,6 @@ pub(super) const MAX_BLOCKS: u32 = 65536;
 
 /// Bytes of a source range entry of descriptor format 0.
 const ENTRY: u64 = 32;
-
-/// A copy on its way.
-#[derive(Debug)]
-pub(super) struct CopyState {
-    /// First byte and length of what is left of each source range.
-    sources: std::collections::VecDeque<(u64, u64)>,
-    /// Where the next byte goes.
-    to: u64,
-    writing: bool,
-}
-
-impl CopyState {
-    fn piece(&self) -> Option<(u64, u64)> {
-        let (offset, len) = *self.sources.front()?;
-        Some((offset, len.min(CHUNK)))
-    }
-
-    /// A piece was written.
-    fn step(&mut self, len: u64) {
-        self.to += len;
-        if let Some(front) = self.sources.front_mut() {
-            front.0 += len;
-            front.1 -= len;
-            if front.1 == 0 {
-                self.sources.pop_front();
-            }
-        }
-    }
-}
 
 impl<S: MemorySource> NvmeQueues<S> {
     pub(super) fn start_copy(

@@ -12,7 +12,8 @@ use std::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    NvmeConfig, Status,
+    Status,
+    config::NvmeConfig,
     doorbell::{Doorbells, Rung, Shadow},
     events::{self, Event, Events},
     features::Features,

@@ -2,7 +2,7 @@
 
 use vm_memory::{Bytes, GuestMemory};
 
-use super::{Status, command::Command, front::NvmeQueues, sgl::BUCKET};
+use super::{Status, command::Command, prp, queues::NvmeQueues, sgl};
 use crate::{
     MemorySource,
     memory::{BatchMemory, Data},
@@ -23,7 +23,7 @@ pub(super) fn scatter<M: GuestMemory>(
         }
         let take = ((len - skip) as usize).min(bytes.len());
         let (now, later) = bytes.split_at(take);
-        if segment.address != BUCKET {
+        if segment.address != sgl::BUCKET {
             let at = vm_memory::GuestAddress(segment.address.0.wrapping_add(skip));
             memory
                 .write_slice(now, at)
@@ -67,6 +67,26 @@ pub(super) fn gather<M: GuestMemory>(
 }
 
 impl<S: MemorySource> NvmeQueues<S> {
+    /// Appends the memory that the data pointer names to the slot; returns whether there are bit
+    /// buckets in it.
+    pub(super) fn map_data(
+        &mut self,
+        index: u32,
+        command: &Command,
+        len: u64,
+        to_guest: bool,
+        guest: &BatchMemory<'_, S::M>,
+    ) -> Result<bool, Status> {
+        let page = self.page();
+        let data = &mut self.slots[index].data;
+        data.clear();
+        if command.psdt() == 0 {
+            prp::map(&**guest.memory, command.dptr, len, page, data)?;
+            return Ok(false);
+        }
+        sgl::map(&**guest.memory, command.dptr, len, to_guest, data)
+    }
+
     /// Copies `len` bytes from where a command's data pointer points.
     pub(super) fn read_data(
         &mut self,

@@ -1,163 +1,25 @@
-//! The queues of one worker: a [`FrontEnd`] for the shared loop.
-//!
-//! A worker has some completion queues and every submission queue that completes to one of them, so
-//! no queue is touched by two threads. The admin queue pair has a worker of its own. What others
-//! want of a worker comes as mail.
+//! What the shared loop calls: a [`FrontEnd`] of the queues of one worker.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use super::{
-    Status,
-    core::{Core, Mail, NewCq, NewSq, Port},
-    doorbell::Shadow,
-    events,
-    namespace::Namespace,
-    ring::{CompletionRing, SubmissionRing},
-    slot::{Attached, Slots, Step},
-};
+use block::io::Completion;
+
+use super::{Status, core::Mail, queues::NvmeQueues, shadow, slot::Step};
 use crate::{
     MemorySource,
-    memory::{BatchMemory, QueueMemory},
-    worker::{Batch, Worker},
+    memory::{BatchMemory, QueueMemory, Window},
+    stats::Op,
+    worker::{Batch, Drained, FrontEnd, Worker},
 };
 
 /// The worker of some queues of an NVMe controller.
 pub type NvmeWorker<S> = Worker<NvmeQueues<S>>;
 
-/// A submission queue.
-pub(super) struct Sq {
-    pub(super) ring: SubmissionRing,
-    pub(super) cq: u16,
-    pub(super) base: u64,
-    pub(super) outstanding: u32,
-    /// The admin command that deletes it.
-    deleting: Option<u64>,
-    /// The first of a fused pair whose second has not come.
-    pub(super) fused: Option<u32>,
-    pub(super) broken: bool,
-    /// The doorbell that was copied to the shadow last; for the admin queue.
-    pub(super) copied: Option<u32>,
-}
-
-impl Sq {
-    /// Nothing more is taken from it.
-    pub(super) fn is_stopped(&self) -> bool {
-        self.broken || self.deleting.is_some()
-    }
-}
-
-/// A completion queue.
-pub(super) struct Cq {
-    pub(super) id: u16,
-    pub(super) ring: CompletionRing,
-    pub(super) base: u64,
-    pub(super) size: u32,
-    pub(super) vector: Option<u16>,
-    /// Slots that have ended.
-    pub(super) ended: VecDeque<u32>,
-    /// Entries posted since the last interrupt, and when the first was.
-    pub(super) unsignalled: u32,
-    pub(super) since: Option<Instant>,
-    pub(super) broken: bool,
-}
-
-/// Some queues of a controller, as their worker drives them.
-pub struct NvmeQueues<S: MemorySource> {
-    pub(super) core: Arc<Core>,
-    pub(super) index: usize,
-    source: S,
-    pub(super) memory: Arc<QueueMemory<S::M>>,
-    pub(super) sqs: Vec<Option<Sq>>,
-    pub(super) cqs: Vec<Option<Cq>>,
-    /// The submission queues, in the order of arbitration.
-    pub(super) active: Vec<u16>,
-    pub(super) next: usize,
-    /// Completion queues with something to post or an interrupt held back.
-    pub(super) ready: Vec<u16>,
-    pub(super) slots: Slots,
-    pub(super) outstanding: usize,
-    /// Of `outstanding`: ended, but the completion queue was full.
-    pub(super) waiting_to_post: usize,
-    /// Event requests, oldest first.
-    pub(super) event_requests: VecDeque<u32>,
-    pub(super) parked: Vec<u32>,
-    pub(super) namespaces: Vec<Option<Attached>>,
-    last_namespace: usize,
-    pub(super) namespaces_version: Option<u32>,
-    pub(super) shadow: Option<Shadow>,
-    pub(super) shadow_version: u32,
-    pub(super) resetting: bool,
-    epoch: Instant,
-    pub(super) busy_since: u64,
-    pub(super) control_from: u64,
-    pub(super) data_from: u64,
-}
-
 impl<S: MemorySource> NvmeQueues<S> {
-    pub(super) fn new(core: Arc<Core>, index: usize, source: S) -> Self {
-        let memory = Arc::new(QueueMemory(source.load()));
-        let queues = core.doorbells.queues();
-        let shadow_version = core.hot.shadow_version.load(Ordering::SeqCst);
-        let shadow = *core
-            .shadow
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self {
-            core,
-            index,
-            source,
-            memory,
-            sqs: (0..queues).map(|_| None).collect(),
-            cqs: (0..queues).map(|_| None).collect(),
-            active: Vec::new(),
-            next: 0,
-            ready: Vec::new(),
-            slots: Slots::default(),
-            outstanding: 0,
-            waiting_to_post: 0,
-            event_requests: VecDeque::new(),
-            parked: Vec::new(),
-            namespaces: Vec::new(),
-            last_namespace: 0,
-            namespaces_version: None,
-            shadow,
-            shadow_version,
-            resetting: false,
-            epoch: Instant::now(),
-            busy_since: 0,
-            control_from: 0,
-            data_from: 0,
-        }
-    }
-
-    pub(super) fn port(&self) -> &Port {
-        &self.core.ports[self.index]
-    }
-
-    pub(super) fn is_admin(&self) -> bool {
-        self.index == 0
-    }
-
-    pub(super) fn page(&self) -> u64 {
-        self.core.hot.page.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn now(&self) -> u64 {
-        // 584 years fit.
-        self.epoch.elapsed().as_nanos() as u64
-    }
-
-    pub(super) fn refresh_memory(&mut self) {
-        if !self.source.is_current(&self.memory.0) {
-            self.memory = Arc::new(QueueMemory(self.source.load()));
-        }
-    }
-
-    pub(super) fn read_mail(&mut self) {
+    fn read_mail(&mut self) {
         if !self.port().has_mail() {
             return;
         }
@@ -185,166 +47,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
     }
 
-    fn open_admin(&mut self) {
-        let (asq, acq, sizes) = {
-            let registers = self.core.registers();
-            (registers.asq, registers.acq, registers.admin_sizes())
-        };
-        self.core.doorbells.open_cq(0, sizes.1, 0, 0);
-        self.core.doorbells.open_sq(0, sizes.0, 0, 0);
-        self.open_cq(&NewCq {
-            id: 0,
-            base: acq,
-            size: sizes.1,
-            vector: Some(0),
-            tail: 0,
-            phase: true,
-        });
-        self.open_sq(&NewSq {
-            id: 0,
-            base: asq,
-            size: sizes.0,
-            cq: 0,
-            head: 0,
-        });
-        self.core.enabled();
-    }
-
-    pub(super) fn open_cq(&mut self, new: &NewCq) {
-        self.cqs[usize::from(new.id)] = Some(Cq {
-            id: new.id,
-            ring: CompletionRing::new(new.base, new.size, new.tail, new.phase),
-            base: new.base,
-            size: new.size,
-            vector: new.vector,
-            ended: VecDeque::new(),
-            unsignalled: 0,
-            since: None,
-            broken: false,
-        });
-    }
-
-    pub(super) fn open_sq(&mut self, new: &NewSq) {
-        self.sqs[usize::from(new.id)] = Some(Sq {
-            ring: SubmissionRing::new(new.base, new.size, new.head),
-            cq: new.cq,
-            base: new.base,
-            outstanding: 0,
-            deleting: None,
-            fused: None,
-            broken: false,
-            copied: None,
-        });
-        self.active.push(new.id);
-    }
-
-    fn close_cq(&mut self, id: u16, token: u64) {
-        if let Some(place) = self.cqs.get_mut(usize::from(id)) {
-            *place = None;
-        }
-        self.ready.retain(|ready| *ready != id);
-        self.core.interrupts.taken(id, || true);
-        self.reply(token);
-    }
-
-    /// Nothing more is taken from it; it goes when everything taken was posted.
-    fn close_sq(&mut self, id: u16, token: u64) {
-        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(id)) {
-            sq.deleting = Some(token);
-            if let Some(first) = sq.fused.take() {
-                self.end(first, Status::ABORTED_SQ_DELETION);
-            }
-        }
-        self.finish_deletion(id);
-    }
-
-    pub(super) fn finish_deletion(&mut self, id: u16) {
-        let Some(Some(sq)) = self.sqs.get(usize::from(id)) else {
-            return;
-        };
-        if let Some(token) = sq.deleting
-            && sq.outstanding == 0
-        {
-            self.sqs[usize::from(id)] = None;
-            self.active.retain(|active| *active != id);
-            self.next = 0;
-            self.reply(token);
-        }
-    }
-
-    fn reply(&self, token: u64) {
-        self.core.ports[0].send(Mail::Ended {
-            token,
-            status: Status::SUCCESS,
-            dw0: 0,
-        });
-    }
-
-    fn begin_reset(&mut self) {
-        self.resetting = true;
-        self.parked.clear();
-        self.event_requests.clear();
-        for index in self.slots.busy() {
-            let slot = &self.slots[index];
-            let second_writes = match slot.step {
-                Step::FusedCompare { second } => self.slots[second].pending > 0,
-                _ => false,
-            };
-            if slot.pending == 0 && !second_writes {
-                self.forget(index);
-            }
-        }
-    }
-
-    pub(super) fn finish_reset(&mut self) {
-        if !self.resetting || self.outstanding > 0 {
-            return;
-        }
-        self.resetting = false;
-        for id in 0..self.cqs.len() {
-            if self.cqs[id].take().is_some() {
-                self.core.interrupts.taken(id as u16, || true);
-            }
-            self.sqs[id] = None;
-        }
-        self.active.clear();
-        self.ready.clear();
-        self.waiting_to_post = 0;
-        self.next = 0;
-        self.core.worker_reset();
-    }
-
-    /// Drops a command without posting it.
-    pub(super) fn forget(&mut self, index: u32) {
-        self.let_go(index);
-        let queue = self.slots[index].queue;
-        self.slots.release(index);
-        self.outstanding -= 1;
-        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(queue)) {
-            sq.outstanding = sq.outstanding.saturating_sub(1);
-        }
-    }
-
-    /// The shadow doorbells may have been set or taken away.
-    pub(super) fn refresh_shadow(&mut self) {
-        let version = self.core.hot.shadow_version.load(Ordering::SeqCst);
-        if version == self.shadow_version {
-            return;
-        }
-        self.shadow_version = version;
-        self.shadow = *self
-            .core
-            .shadow
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-    }
-
-    /// Tries a command again when somebody wakes this worker, or soon.
-    pub(super) fn park(&mut self, index: u32) {
-        self.parked.push(index);
-    }
-
-    pub(super) fn retry_parked(&mut self, batch: &mut Batch) {
+    fn retry_parked(&mut self, batch: &mut Batch) {
         if self.parked.is_empty() || self.resetting {
             return;
         }
@@ -355,158 +58,188 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
     }
 
-    /// A command has ended: it is posted with the next batch.
-    pub(super) fn end(&mut self, index: u32, status: Status) {
-        self.let_go(index);
-        let slot = &mut self.slots[index];
-        slot.status = status;
-        slot.step = Step::End;
-        let queue = slot.queue;
-        let cq = match self.sqs.get(usize::from(queue)) {
-            Some(Some(sq)) => sq.cq,
-            _ => 0,
+    /// A block request of a command has ended well or not; the last one moves the command on.
+    fn ended_one(&mut self, completion: Completion, batch: &mut Batch) {
+        let Some(index) = self.slots.find(completion.id) else {
+            debug_assert!(false, "a completion nobody waits for: {completion:?}");
+            return;
         };
-        if let Some(Some(cq)) = self.cqs.get_mut(usize::from(cq)) {
-            cq.ended.push_back(index);
-            self.waiting_to_post += 1;
-            if !self.ready.contains(&cq.id) {
-                self.ready.push(cq.id);
+        let slot = &mut self.slots[index];
+        if slot.pending == 0 {
+            debug_assert!(false, "a completion nobody waits for: {completion:?}");
+            return;
+        }
+        slot.pending -= 1;
+        if let Err(kind) = completion.result
+            && slot.status.is_success()
+        {
+            slot.status = Status::of_disk(kind, slot.op != Op::Read);
+            tracing::debug!(
+                target: "platter::nvme",
+                queue = slot.queue, cid = slot.command.cid, error = %kind, "failed"
+            );
+        }
+        if slot.pending > 0 {
+            return;
+        }
+        if self.resetting {
+            if let Step::FusedWrite { first } = slot.step {
+                self.forget(first);
             }
-        } else {
             self.forget(index);
-        }
-        if !status.is_success() {
-            let command = self.slots[index].command;
-            self.core.log_error(queue, &command, status);
-        }
-    }
-
-    /// Gives back what a command holds of its namespace.
-    pub(super) fn let_go(&mut self, index: u32) {
-        let slot = &mut self.slots[index];
-        let Some(place) = slot.namespace.take() else {
-            return;
-        };
-        let (gated, alone) = (
-            std::mem::take(&mut slot.gated),
-            std::mem::take(&mut slot.alone),
-        );
-        let Some(Some(attached)) = self.namespaces.get_mut(place) else {
-            return;
-        };
-        attached.users = attached.users.saturating_sub(1);
-        let gate = &attached.namespace.gate;
-        let mut wake = false;
-        if gated {
-            wake |= gate.leave(self.index);
-        }
-        if alone {
-            gate.release();
-            wake = true;
-        }
-        if attached.gone && attached.users == 0 {
-            self.namespaces_version = None;
-        }
-        if wake {
-            self.core.subsystem.tell(|_, listener| listener.wake());
-        }
-    }
-
-    /// Uses a namespace for a command; the place of it in this worker.
-    pub(super) fn attach(&mut self, index: u32, nsid: u32) -> Option<(usize, Arc<Namespace>)> {
-        let is = |attached: &Option<Attached>| {
-            attached
-                .as_ref()
-                .is_some_and(|it| it.namespace.nsid() == nsid && !it.gone)
-        };
-        let place = if self.namespaces.get(self.last_namespace).is_some_and(is) {
-            self.last_namespace
-        } else {
-            self.namespaces.iter().position(is)?
-        };
-        self.last_namespace = place;
-        let attached = self.namespaces.get_mut(place)?.as_mut()?;
-        attached.users += 1;
-        self.slots[index].namespace = Some(place);
-        Some((place, Arc::clone(&attached.namespace)))
-    }
-
-    /// The data plane of a namespace that this worker uses.
-    pub(super) fn plane(&mut self, place: usize, batch: &mut Batch) -> Result<usize, Status> {
-        let attached = self.namespaces[place]
-            .as_mut()
-            .ok_or(Status::INTERNAL_ERROR)?;
-        if let Some(plane) = attached.plane {
-            return Ok(plane);
-        }
-        let depth = self.core.config.ring_depth;
-        match attached.namespace.disk().create_async_io(depth) {
-            Ok(io) => {
-                let plane = batch.attach(io);
-                attached.plane = Some(plane);
-                Ok(plane)
-            }
-            Err(error) => {
-                tracing::error!(nsid = attached.namespace.nsid(), %error, "no data plane");
-                Err(Status::INTERNAL_ERROR)
-            }
-        }
-    }
-
-    /// Follows attachments and detachments.
-    pub(super) fn refresh_namespaces(&mut self, batch: &mut Batch) {
-        let version = self.core.hot.namespaces.load(Ordering::SeqCst);
-        if self.is_admin() || self.namespaces_version == Some(version) {
             return;
         }
-        self.namespaces_version = Some(version);
-        let now = self.core.subsystem.attached_to(self.core.id);
-        for place in &mut self.namespaces {
-            let Some(attached) = place else { continue };
-            if !now.iter().any(|it| Arc::ptr_eq(it, &attached.namespace)) {
-                attached.gone = true;
+        match std::mem::take(&mut slot.step) {
+            Step::End => {
+                let status = slot.status;
+                self.finish(index, status);
             }
-            if attached.gone && attached.users == 0 {
-                if let Some(plane) = attached.plane {
-                    batch.detach(plane);
-                }
-                *place = None;
+            step => self.advance(index, step, completion.buffers, batch),
+        }
+    }
+}
+
+impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
+    fn drain(&mut self, batch: &mut Batch) -> Drained {
+        let mut taken = 0;
+        if self.resetting {
+            return Drained { taken, full: false };
+        }
+        self.refresh_memory();
+        self.refresh_shadow();
+        self.refresh_namespaces(batch);
+        let full = self.take(batch, &mut taken);
+        Drained { taken, full }
+    }
+
+    fn complete(&mut self, completion: Completion, batch: &mut Batch) {
+        self.ended_one(completion, batch);
+    }
+
+    fn post(&mut self) -> usize {
+        if self.ready.is_empty() {
+            return 0;
+        }
+        let mut posted = 0;
+        let ready = std::mem::take(&mut self.ready);
+        for id in ready {
+            if self.post_to(id, &mut posted) && !self.ready.contains(&id) {
+                self.ready.push(id);
             }
         }
-        for namespace in now {
-            let known = self.namespaces.iter().flatten();
-            if known
-                .into_iter()
-                .any(|it| Arc::ptr_eq(&it.namespace, &namespace) && !it.gone)
-            {
+        posted
+    }
+
+    fn rearm(&mut self) -> bool {
+        self.port().sleeping.store(true, Ordering::SeqCst);
+        let memory = Arc::clone(&self.memory);
+        let mut window = Window::new(&*memory, self.control_from);
+        let mut more = self.port().has_mail()
+            || (self.is_admin()
+                && self.core.hot.events.load(Ordering::SeqCst)
+                && self.can_report())
+            || (!self.is_admin()
+                && self.namespaces_version
+                    != Some(self.core.hot.namespaces.load(Ordering::SeqCst)))
+            || self.shadow_version != self.core.hot.shadow_version.load(Ordering::SeqCst);
+        more |= self.tails_moved(&mut window);
+        more |= self.heads_moved(&mut window);
+        if more {
+            self.port().sleeping.store(false, Ordering::SeqCst);
+        }
+        more
+    }
+
+    fn outstanding(&self) -> usize {
+        // Event requests end only with an event; what has ended and finds no room, and the first of
+        // a fused pair, have to wait for the host. They are saved as they are.
+        let halves = self.sqs.iter().flatten().filter(|sq| sq.fused.is_some());
+        let waiting = self.event_requests.len() + self.waiting_to_post + halves.count();
+        self.outstanding.saturating_sub(waiting)
+    }
+
+    fn discard_ended(&mut self) {
+        for index in self.slots.busy() {
+            if self.slots[index].pending == 0 {
+                self.forget(index);
+            }
+        }
+        self.event_requests.clear();
+        self.parked.clear();
+        self.waiting_to_post = 0;
+        for cq in self.cqs.iter_mut().flatten() {
+            cq.ended.clear();
+        }
+        self.ready.clear();
+    }
+
+    fn resume(&mut self, batch: &mut Batch) {
+        self.read_mail();
+        self.finish_reset();
+        self.report_events();
+        self.retry_parked(batch);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        if !self.parked.is_empty() {
+            return Some(Instant::now() + Duration::from_millis(1));
+        }
+        let waiting = self.ready.iter().filter_map(|id| {
+            let cq = self.cqs.get(usize::from(*id))?.as_ref()?;
+            let (_, time) = self.coalescing(*id, cq.vector?)?;
+            Some(cq.since? + time)
+        });
+        waiting.min()
+    }
+}
+
+impl<S: MemorySource> NvmeQueues<S> {
+    fn can_report(&self) -> bool {
+        !self.event_requests.is_empty()
+    }
+
+    /// Asks for doorbells of the submission queues, and looks whether one has something to take.
+    fn tails_moved(&mut self, window: &mut Window<'_, QueueMemory<S::M>>) -> bool {
+        let mut more = false;
+        for at in 0..self.active.len() {
+            let id = self.active[at];
+            let Some(Some(sq)) = self.sqs.get(usize::from(id)) else {
+                continue;
+            };
+            let head = sq.ring.head();
+            let takes = !sq.is_stopped() && sq.outstanding < sq.ring.size() && !self.resetting;
+            if let Some(shadow) = self.shadow {
+                // Before the tail is looked at again: a host that moves it now rings.
+                shadow::store(window, shadow.at(id, false).1, head);
+            }
+            more |= takes && self.tail(id, window) != head;
+        }
+        more
+    }
+
+    /// Asks for doorbells of the completion queues that are full, and looks whether there is room.
+    fn heads_moved(&mut self, window: &mut Window<'_, QueueMemory<S::M>>) -> bool {
+        let mut more = false;
+        for id in &self.ready {
+            let Some(Some(cq)) = self.cqs.get(usize::from(*id)) else {
+                continue;
+            };
+            if cq.ended.is_empty() || cq.broken {
                 continue;
             }
-            let attached = Some(Attached {
-                namespace,
-                plane: None,
-                users: 0,
-                gone: false,
-            });
-            match self.namespaces.iter().position(Option::is_none) {
-                Some(free) => self.namespaces[free] = attached,
-                None => self.namespaces.push(attached),
+            self.port().blocked.store(true, Ordering::SeqCst);
+            self.see_head(cq, window, true);
+            more |= cq.ring.free(self.core.doorbells.head(*id)) > 0;
+        }
+        if !self.core.interrupts.uses_messages() {
+            // The line falls when the host has taken everything.
+            for cq in self.cqs.iter().flatten() {
+                self.see_head(cq, window, true);
+                let doorbells = &self.core.doorbells;
+                let empty = || doorbells.is_empty(cq.id);
+                self.core.interrupts.taken(cq.id, empty);
             }
         }
-    }
-
-    /// Completes event requests with events that may be reported.
-    pub(super) fn report_events(&mut self) {
-        if !self.is_admin() || !self.core.hot.events.swap(false, Ordering::SeqCst) {
-            return;
-        }
-        while !self.event_requests.is_empty() {
-            let Some(event) = self.core.with_events_quietly(events::Events::next) else {
-                return;
-            };
-            if let Some(index) = self.event_requests.pop_front() {
-                self.slots[index].dw0 = event.dword();
-                self.end(index, Status::SUCCESS);
-            }
-        }
+        more
     }
 }

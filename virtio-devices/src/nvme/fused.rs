@@ -5,11 +5,7 @@ use block::io::{AlignedBuf, Buffers, RequestOp};
 use vm_memory::Permissions;
 
 use super::{
-    Status,
-    command::Command,
-    data,
-    front::NvmeQueues,
-    io::{check_marks, opcode},
+    Status, command::Command, data, opcode::io as opcode, queues::NvmeQueues, request::check_marks,
     slot::Step,
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::{
     Namespace, Status,
-    admin::{Answer, Outcome},
     command::{Command, put, put_text},
     copy::{MAX_BLOCKS, MAX_RANGE_BLOCKS, MAX_RANGES},
     core::Core,
     events::{ERROR_ENTRIES, MAX_REQUESTS},
     features::TEMPERATURE,
-    front::NvmeQueues,
+    outcome::{Answer, Outcome},
+    queues::NvmeQueues,
     registers::VS,
     subsystem::MAX_NAMESPACES,
 };

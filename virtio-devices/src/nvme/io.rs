@@ -1,6 +1,6 @@
-//! I/O commands of the NVM command set: checks, and the block requests of the simple ones.
+//! I/O commands of the NVM command set: which goes where, and the simple ones.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use block::io::{Buffers, RequestOp};
 use vm_memory::Permissions;
@@ -8,61 +8,18 @@ use vm_memory::Permissions;
 use super::{
     Namespace, Status,
     command::Command,
-    core::Mail,
-    front::NvmeQueues,
-    namespace::flag,
-    prp,
-    reservation::Access,
-    sgl,
+    opcode::io as opcode,
+    pieces::{Stream, StreamKind},
+    queues::NvmeQueues,
+    request::{ATTRIBUTE_DEALLOCATE, check_marks, checked_range},
     slot::Step,
-    stream::{Stream, StreamKind},
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};
-
-pub(super) mod opcode {
-    pub(in crate::nvme) const FLUSH: u8 = 0x00;
-    pub(in crate::nvme) const WRITE: u8 = 0x01;
-    pub(in crate::nvme) const READ: u8 = 0x02;
-    pub(in crate::nvme) const WRITE_UNCORRECTABLE: u8 = 0x04;
-    pub(in crate::nvme) const COMPARE: u8 = 0x05;
-    pub(in crate::nvme) const WRITE_ZEROES: u8 = 0x08;
-    pub(in crate::nvme) const DATASET_MANAGEMENT: u8 = 0x09;
-    pub(in crate::nvme) const VERIFY: u8 = 0x0c;
-    pub(in crate::nvme) const RESERVATION_REGISTER: u8 = 0x0d;
-    pub(in crate::nvme) const RESERVATION_REPORT: u8 = 0x0e;
-    pub(in crate::nvme) const RESERVATION_ACQUIRE: u8 = 0x11;
-    pub(in crate::nvme) const RESERVATION_RELEASE: u8 = 0x15;
-    pub(in crate::nvme) const COPY: u8 = 0x19;
-}
 
 /// FUA, in dword 12.
 const FUA: u32 = 1 << 30;
 /// DEAC of Write Zeroes, in dword 12.
 const DEALLOCATE: u32 = 1 << 25;
-/// PRACT of the protection information, in dword 12: there is none.
-const PRACT: u32 = 1 << 29;
-
-/// AD of Dataset Management, in dword 11.
-const ATTRIBUTE_DEALLOCATE: u32 = 1 << 2;
-
-/// What a command does to a namespace, for the checks that all share.
-fn access(command: &Command) -> Option<Access> {
-    match command.opcode {
-        // A flush changes nothing that a reservation protects from reading hosts.
-        opcode::FLUSH
-        | opcode::WRITE
-        | opcode::WRITE_ZEROES
-        | opcode::WRITE_UNCORRECTABLE
-        | opcode::COPY => Some(Access::Write),
-        opcode::DATASET_MANAGEMENT if command.cdw11() & ATTRIBUTE_DEALLOCATE != 0 => {
-            Some(Access::Write)
-        }
-        opcode::READ | opcode::COMPARE | opcode::VERIFY | opcode::DATASET_MANAGEMENT => {
-            Some(Access::Read)
-        }
-        _ => None,
-    }
-}
 
 impl<S: MemorySource> NvmeQueues<S> {
     /// Starts an I/O command that was just taken.
@@ -124,143 +81,6 @@ impl<S: MemorySource> NvmeQueues<S> {
             opcode::COPY => self.start_copy(index, place, &namespace, command, guest, batch),
             opcode::WRITE_UNCORRECTABLE => self.write_uncorrectable(index, &namespace, command),
             _ => self.reservation(index, &namespace, command, guest),
-        }
-    }
-
-    /// The namespace of a command.
-    pub(super) fn use_namespace(
-        &mut self,
-        index: u32,
-        command: &Command,
-    ) -> Result<(usize, Arc<Namespace>), Status> {
-        let known = access(command).is_some()
-            || matches!(
-                command.opcode,
-                opcode::RESERVATION_REGISTER
-                    | opcode::RESERVATION_REPORT
-                    | opcode::RESERVATION_ACQUIRE
-                    | opcode::RESERVATION_RELEASE
-            );
-        if !known {
-            return Err(Status::INVALID_OPCODE);
-        }
-        if command.nsid == 0 || command.nsid > super::subsystem::MAX_NAMESPACES {
-            return Err(Status::INVALID_NAMESPACE);
-        }
-        // An identifier that is not active here is a field like any other.
-        self.attach(index, command.nsid)
-            .ok_or(Status::INVALID_FIELD)
-    }
-
-    /// The state of the namespace, or a reservation, may forbid a command.
-    pub(super) fn may(&self, namespace: &Namespace, command: &Command) -> Result<(), Status> {
-        let flags = namespace.flags();
-        let sanitize = &self.core.subsystem.sanitize;
-        if flags == 0 && !sanitize.has_failed() {
-            return Ok(());
-        }
-        let access = access(command);
-        if flags & flag::SANITIZING != 0 {
-            return Err(Status::SANITIZE_IN_PROGRESS);
-        }
-        if sanitize.has_failed() {
-            return Err(Status::SANITIZE_FAILED);
-        }
-        if flags & flag::FORMATTING != 0 {
-            return Err(Status::FORMAT_IN_PROGRESS);
-        }
-        if flags & flag::GONE != 0 {
-            return Err(Status::INVALID_NAMESPACE);
-        }
-        if flags & flag::READ_ONLY != 0
-            && access == Some(Access::Write)
-            && command.opcode != opcode::FLUSH
-        {
-            return Err(Status::NAMESPACE_WRITE_PROTECTED);
-        }
-        if flags & flag::RESERVED != 0
-            && let Some(access) = access
-            && !namespace
-                .reservations()
-                .allows(self.core.host_id().0, access)
-        {
-            return Err(Status::RESERVATION_CONFLICT);
-        }
-        Ok(())
-    }
-
-    /// Counts a write at the gate of its namespace. `false`: it was parked and is tried again.
-    pub(super) fn enter(&mut self, index: u32, namespace: &Namespace) -> bool {
-        if namespace.gate.enter(self.index) {
-            self.slots[index].gated = true;
-            return true;
-        }
-        self.let_go(index);
-        self.park(index);
-        false
-    }
-
-    fn write_through(&self) -> bool {
-        self.core.hot.write_through.load(Ordering::Relaxed)
-    }
-
-    /// Appends the memory that the data pointer names to the slot; returns whether there are bit
-    /// buckets in it.
-    pub(super) fn map_data(
-        &mut self,
-        index: u32,
-        command: &Command,
-        len: u64,
-        to_guest: bool,
-        guest: &BatchMemory<'_, S::M>,
-    ) -> Result<bool, Status> {
-        let page = self.page();
-        let data = &mut self.slots[index].data;
-        data.clear();
-        if command.psdt() == 0 {
-            prp::map(&**guest.memory, command.dptr, len, page, data)?;
-            return Ok(false);
-        }
-        sgl::map(&**guest.memory, command.dptr, len, to_guest, data)
-    }
-
-    /// First byte and length of a read, write or compare.
-    pub(super) fn transfer(
-        &self,
-        namespace: &Namespace,
-        command: &Command,
-    ) -> Result<(u64, u64), Status> {
-        let (offset, len) = checked_range(namespace, command)?;
-        if len > self.core.config.max_transfer() {
-            return Err(Status::INVALID_FIELD);
-        }
-        Ok((offset, len))
-    }
-
-    fn push(
-        &mut self,
-        index: u32,
-        place: usize,
-        op: RequestOp,
-        batch: &mut Batch,
-    ) -> Result<(), Status> {
-        let plane = self.plane(place, batch)?;
-        let id = self.slots.id(index);
-        if !batch.push_to(plane, id, op) {
-            return Err(Status::INTERNAL_ERROR);
-        }
-        self.slots[index].pending += 1;
-        Ok(())
-    }
-
-    /// Adds a block request of a command in flight; a failure ends it.
-    pub(super) fn push_more(&mut self, index: u32, op: RequestOp, batch: &mut Batch) {
-        let result = match self.slots[index].namespace {
-            Some(place) => self.push(index, place, op, batch),
-            None => Err(Status::INTERNAL_ERROR),
-        };
-        if let Err(status) = result {
-            self.end(index, status);
         }
     }
 
@@ -450,62 +270,6 @@ impl<S: MemorySource> NvmeQueues<S> {
         Ok(())
     }
 
-    /// Ends a command once the sidecar of its namespace has been written.
-    pub(super) fn persist(&mut self, index: u32, namespace: &Arc<Namespace>) {
-        if !namespace.has_sidecar() {
-            self.end(index, Status::SUCCESS);
-            return;
-        }
-        self.slots[index].step = Step::Outside;
-        let token = self.slots.id(index);
-        let (core, worker) = (Arc::clone(&self.core), self.index);
-        let namespace = Arc::clone(namespace);
-        self.core.subsystem.jobs.run(move || {
-            let status = match namespace.persist() {
-                Ok(()) => Status::SUCCESS,
-                Err(error) => {
-                    tracing::error!(nsid = namespace.nsid(), %error, "not remembered");
-                    Status::INTERNAL_ERROR
-                }
-            };
-            core.ports[worker].send(Mail::Ended {
-                token,
-                status,
-                dw0: 0,
-            });
-        });
-    }
-
-    /// The block requests of a simple command have ended.
-    pub(super) fn finish(&mut self, index: u32, status: Status) {
-        let slot = &self.slots[index];
-        let writes = matches!(slot.op, Op::Write | Op::WriteZeroes | Op::Discard);
-        if writes
-            && status.is_success()
-            && let Some(place) = slot.namespace
-            && let Some(Some(attached)) = self.namespaces.get(place)
-            && attached.namespace.flags() & flag::UNCORRECTABLE != 0
-        {
-            let namespace = Arc::clone(&attached.namespace);
-            let command = slot.command;
-            if self.clear_marks(&namespace, &command) {
-                self.persist(index, &namespace);
-                return;
-            }
-        }
-        self.end(index, status);
-    }
-
-    /// A write makes blocks readable again.
-    fn clear_marks(&self, namespace: &Namespace, command: &Command) -> bool {
-        match command.opcode {
-            opcode::WRITE | opcode::WRITE_ZEROES => namespace
-                .range(command.slba(), command.blocks())
-                .is_some_and(|(offset, len)| namespace.mark(|marks| marks.clear(offset, len))),
-            _ => false,
-        }
-    }
-
     /// What a command does after its first block requests.
     pub(super) fn advance(
         &mut self,
@@ -526,27 +290,4 @@ impl<S: MemorySource> NvmeQueues<S> {
             _ => self.finish(index, status),
         }
     }
-}
-
-/// First byte and length of the blocks that a command names.
-pub(super) fn checked_range(
-    namespace: &Namespace,
-    command: &Command,
-) -> Result<(u64, u64), Status> {
-    if command.cdw12() & PRACT != 0 {
-        return Err(Status::INVALID_PROTECTION_INFORMATION);
-    }
-    namespace
-        .range(command.slba(), command.blocks())
-        .ok_or(Status::LBA_OUT_OF_RANGE)
-}
-
-/// Blocks marked uncorrectable cannot be read.
-pub(super) fn check_marks(namespace: &Namespace, offset: u64, len: u64) -> Result<(), Status> {
-    if namespace.flags() & flag::UNCORRECTABLE != 0
-        && namespace.uncorrectable().overlaps(offset, len)
-    {
-        return Err(Status::UNRECOVERED_READ_ERROR);
-    }
-    Ok(())
 }

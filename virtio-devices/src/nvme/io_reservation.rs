@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::{
     Namespace, Status,
     command::{Command, le64},
-    front::NvmeQueues,
-    io::opcode,
+    opcode::io as opcode,
+    queues::NvmeQueues,
     reservation::{Registrant, Told},
 };
 use crate::{MemorySource, memory::BatchMemory};

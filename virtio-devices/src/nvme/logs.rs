@@ -4,13 +4,13 @@ use std::sync::atomic::Ordering;
 
 use super::{
     Status,
-    admin::{Answer, Outcome, opcode as admin},
     command::{Command, put, put_text},
     core::Core,
     features::TEMPERATURE,
-    front::NvmeQueues,
     identify::FIRMWARE,
-    io::opcode as io,
+    opcode::{admin, io},
+    outcome::{Answer, Outcome},
+    queues::NvmeQueues,
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op};
 

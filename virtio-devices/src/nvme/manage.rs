@@ -4,11 +4,11 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{
     Namespace, NamespaceConfig, Status,
-    admin::{Answer, Outcome},
     command::{Command, le32, le64},
     core::{Core, Mail},
-    front::NvmeQueues,
     namespace::flag,
+    outcome::{Answer, Outcome},
+    queues::NvmeQueues,
     sanitize::Action,
 };
 use crate::{MemorySource, memory::BatchMemory};

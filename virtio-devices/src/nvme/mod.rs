@@ -14,6 +14,7 @@
 
 mod admin;
 mod command;
+mod config;
 mod controller;
 mod copy;
 mod core;
@@ -33,9 +34,14 @@ mod jobs;
 mod logs;
 mod manage;
 mod namespace;
+mod opcode;
+mod outcome;
+mod pieces;
 mod post;
 mod prp;
+mod queues;
 mod registers;
+mod request;
 mod reservation;
 mod ring;
 mod sanitize;
@@ -51,9 +57,11 @@ mod subsystem;
 mod take;
 mod uncorrectable;
 
-pub use controller::{NvmeConfig, NvmeController};
-pub use front::{NvmeQueues, NvmeWorker};
+pub use config::NvmeConfig;
+pub use controller::NvmeController;
+pub use front::NvmeWorker;
 pub use namespace::{Namespace, NamespaceConfig};
+pub use queues::NvmeQueues;
 pub use state::{NvmeState, NvmeWorkerState, STATE_VERSION};
 pub use status::Status;
 pub use subsystem::{CreateImage, PoolConfig, Subsystem, SubsystemConfig};

@@ -4,11 +4,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{
     Status,
-    admin::{Answer, Outcome},
     command::{Command, le64, put},
     events,
     features::{Features, capability, id},
-    front::NvmeQueues,
+    outcome::{Answer, Outcome},
+    queues::NvmeQueues,
 };
 use crate::{MemorySource, memory::BatchMemory};
 

@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Status, command::Command, copy::CopyState, stream::Stream};
+use super::{
+    Status,
+    command::Command,
+    pieces::{CopyState, Stream},
+};
 use crate::{memory::Data, stats::Op};
 
 /// What a command does next when its block requests have ended.

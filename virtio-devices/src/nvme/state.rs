@@ -11,7 +11,7 @@ use super::{
     doorbell::Shadow,
     events::{Event, MAX_REQUESTS},
     features::Features,
-    front::NvmeQueues,
+    queues::NvmeQueues,
     registers::{MAX_ENTRIES, Registers, csts},
     reservation::SavedReservations,
     slot::Step,

@@ -7,49 +7,13 @@ use super::{
     Namespace, Status,
     command::Command,
     data,
-    front::NvmeQueues,
-    io::{check_marks, checked_range, opcode},
+    opcode::io as opcode,
+    pieces::{Stream, StreamKind},
+    queues::NvmeQueues,
+    request::{check_marks, checked_range},
     slot::Step,
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};
-
-/// Bytes of a piece.
-pub(super) const CHUNK: u64 = 128 << 10;
-
-/// What is done with each piece.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum StreamKind {
-    /// It has to be what the guest has.
-    Compare,
-    /// It has to be readable.
-    Verify,
-    /// The guest gets the parts that are not thrown away.
-    Scatter,
-}
-
-/// A command on its way.
-#[derive(Debug)]
-pub(super) struct Stream {
-    kind: StreamKind,
-    offset: u64,
-    len: u64,
-    done: u64,
-}
-
-impl Stream {
-    pub(super) fn new(kind: StreamKind, offset: u64, len: u64) -> Self {
-        Self {
-            kind,
-            offset,
-            len,
-            done: 0,
-        }
-    }
-
-    fn piece(&self) -> u64 {
-        (self.len - self.done).min(CHUNK)
-    }
-}
 
 impl<S: MemorySource> NvmeQueues<S> {
     pub(super) fn start_stream(

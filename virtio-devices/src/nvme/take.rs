@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{front::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow};
+use super::{queues::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow};
 use crate::{
     MemorySource,
     memory::{BatchMemory, QueueMemory, Window},

@@ -1,0 +1,59 @@
+//! What the ports of an HBA and their workers share.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use super::{config::HbaConfig, interrupt::Irq, port::Port};
+use crate::stats::QueueStats;
+
+/// Is told when the guest moves a tray: the port, and whether the tray is open now. It is called
+/// with locks of the HBA held and must not call back into it.
+pub type TrayListener = Arc<dyn Fn(u8, bool) + Send + Sync>;
+
+/// What the ports of an HBA and their workers share.
+pub(super) struct Shared {
+    pub(super) config: HbaConfig,
+    pub(super) ports: Vec<Mutex<Port>>,
+    pub(super) irq: Mutex<Irq>,
+    /// Coalesced completions wait for their time.
+    pub(super) coalescing: AtomicBool,
+    pub(super) stats: Vec<Arc<QueueStats>>,
+    pub(super) on_tray: Mutex<Option<TrayListener>>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The port; it is locked before the interrupts, never after.
+    pub(super) fn port(&self, index: u32) -> MutexGuard<'_, Port> {
+        lock(&self.ports[index as usize])
+    }
+
+    pub(super) fn irq(&self) -> MutexGuard<'_, Irq> {
+        lock(&self.irq)
+    }
+
+    /// The guest has moved a tray.
+    pub(super) fn tray_moved(&self, index: u32, open: bool) {
+        let listener = lock(&self.on_tray).clone();
+        if let Some(listener) = listener {
+            listener(index as u8, open);
+        }
+    }
+
+    /// Shows the interrupts of a port, after `completed` commands; returns whether that interrupts
+    /// the guest.
+    pub(super) fn interrupt(&self, index: u32, port: &Port, completed: u32) -> bool {
+        let mut irq = self.irq();
+        let before = irq.is;
+        irq.port(index, port.interrupts());
+        irq.completed(index, completed);
+        self.coalescing
+            .store(irq.due().is_some(), Ordering::Relaxed);
+        irq.enabled && irq.is & !before != 0
+    }
+}
