@@ -2,6 +2,7 @@
 //! adapters for VMMs that embed them.
 
 pub mod control;
+mod framed;
 mod queue_thread;
 mod sigbus;
 mod socket;

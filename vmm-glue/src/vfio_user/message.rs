@@ -2,18 +2,18 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io,
     os::{
-        fd::{AsFd, BorrowedFd, FromRawFd, RawFd},
+        fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
     },
-    time::{Duration, Instant},
 };
 
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
 use super::Error;
-use crate::sys;
+use crate::{
+    framed::{Broken, Framed},
+    sys,
+};
 
 /// Bytes of a header.
 const HEADER: usize = 16;
@@ -21,8 +21,6 @@ const HEADER: usize = 16;
 pub(super) const MAX_DATA: usize = 1 << 20;
 /// The most descriptors of a message.
 pub(super) const MAX_FDS: usize = 16;
-/// How long the rest of a message may take.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 const TYPE: u32 = 15;
 const TYPE_COMMAND: u32 = 0;
@@ -54,9 +52,18 @@ impl Message {
     }
 }
 
+impl From<Broken> for Error {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Stopped => io::Error::from(io::ErrorKind::Interrupted).into(),
+            Broken::Io(error) => error.into(),
+        }
+    }
+}
+
 /// One end of a connection.
 pub(super) struct Channel {
-    socket: UnixStream,
+    socket: Framed,
 }
 
 impl AsFd for Channel {
@@ -67,7 +74,7 @@ impl AsFd for Channel {
 
 impl Channel {
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+        let socket = Framed::new(socket)?;
         Ok(Self { socket })
     }
 
@@ -78,12 +85,12 @@ impl Channel {
         if stopped != 0 {
             return Ok(None);
         }
-        let deadline = sys::after(PATIENCE);
+        let deadline = Framed::deadline();
         let mut header = [0; HEADER];
-        let Some((first, files)) = self.receive_files(&mut header, stop, deadline)? else {
+        let socket = &mut self.socket;
+        let Some(files) = socket.receive_header::<MAX_FDS>(&mut header, stop, deadline)? else {
             return Ok(None);
         };
-        self.fill(&mut header[first..], stop, deadline)?;
         let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
         let word = |at: usize| u32::from(half(at)) | u32::from(half(at + 2)) << 16;
         let (size, flags) = (word(4) as usize, word(8));
@@ -94,7 +101,7 @@ impl Channel {
             return Err(Error::Client(format!("a message of {size} bytes")));
         }
         let mut body = vec![0; size - HEADER];
-        self.fill(&mut body, stop, deadline)?;
+        self.socket.fill(&mut body, stop, deadline)?;
         Ok(Some(Message {
             id: half(0),
             command: half(2),
@@ -102,73 +109,6 @@ impl Channel {
             body,
             files,
         }))
-    }
-
-    fn receive_files(
-        &mut self,
-        buf: &mut [u8],
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<Option<(usize, Vec<File>)>, Error> {
-        loop {
-            let mut fds: [RawFd; MAX_FDS] = [-1; MAX_FDS];
-            let mut vectors = [libc::iovec {
-                iov_base: buf.as_mut_ptr().cast(),
-                iov_len: buf.len(),
-            }];
-            // SAFETY: the vector describes `buf`, bytes that may have any value.
-            match unsafe { self.socket.recv_with_fds(&mut vectors, &mut fds) } {
-                Ok((bytes, count)) => {
-                    let files = fds.iter().take(count).map(|fd| {
-                        sys::set_cloexec(*fd);
-                        // SAFETY: the kernel made this descriptor for us in this very call.
-                        unsafe { File::from_raw_fd(*fd) }
-                    });
-                    let files = files.collect();
-                    return Ok((bytes > 0).then_some((bytes, files)));
-                }
-                Err(error) => self.wait(io::Error::from(error), libc::POLLIN, stop, deadline)?,
-            }
-        }
-    }
-
-    fn fill(
-        &mut self,
-        mut buf: &mut [u8],
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<(), Error> {
-        while !buf.is_empty() {
-            match self.socket.read(buf) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                Ok(bytes) => buf = &mut buf[bytes..],
-                Err(error) => self.wait(error, libc::POLLIN, stop, deadline)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn wait(
-        &self,
-        error: io::Error,
-        events: i16,
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<(), Error> {
-        match error.kind() {
-            io::ErrorKind::Interrupted => return Ok(()),
-            io::ErrorKind::WouldBlock => {}
-            _ => return Err(error.into()),
-        }
-        let fds = [(self.socket.as_fd(), events), (stop, libc::POLLIN)];
-        let [ready, stopped] = sys::poll(fds, Some(deadline))?;
-        if stopped != 0 {
-            return Err(io::Error::from(io::ErrorKind::Interrupted).into());
-        }
-        if ready == 0 {
-            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-        }
-        Ok(())
     }
 
     /// Answers a command, unless it asked for no answer.
@@ -192,14 +132,6 @@ impl Channel {
         bytes.extend_from_slice(&flags.to_ne_bytes());
         bytes.extend_from_slice(&errno.to_ne_bytes());
         bytes.extend_from_slice(&body);
-        let deadline = sys::after(PATIENCE);
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            match self.socket.send_with_fds(&[rest], &[]) {
-                Ok(count) => rest = &rest[count..],
-                Err(error) => self.wait(error.into(), libc::POLLOUT, stop, deadline)?,
-            }
-        }
-        Ok(())
+        Ok(self.socket.send(&bytes, &[], stop)?)
     }
 }

@@ -1,29 +1,22 @@
-//! Messages on the socket: framing, descriptors, time limits.
+//! Messages on the socket.
 //!
 //! A message is a header of three 32-bit words (request, flags, size of the body), all in the
-//! byte order of the machine, and the body; descriptors travel with the first byte. A peer has
-//! [`PATIENCE`] to finish a message it began and to take a reply, so that one that stalls in the
-//! middle loses its connection and not our thread.
+//! byte order of the machine, and the body; descriptors travel with the first byte.
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::net::UnixStream,
     },
-    time::{Duration, Instant},
 };
 
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 use vm_memory::ByteValued;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::Error;
-use crate::sys;
-
-/// How long a peer may take for the rest of a message it began, or to take a reply.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::framed::{Broken, Framed};
 
 /// The length of a header.
 const HEADER: usize = 12;
@@ -88,10 +81,19 @@ pub(super) enum Received {
     Closed,
 }
 
+impl From<Broken> for Error {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Stopped => Error::Stopped,
+            Broken::Io(error) => error.into(),
+        }
+    }
+}
+
 /// One end of a connection.
 #[derive(Debug)]
 pub(super) struct Channel {
-    socket: UnixStream,
+    socket: Framed,
 }
 
 impl AsFd for Channel {
@@ -103,19 +105,21 @@ impl AsFd for Channel {
 impl Channel {
     /// A channel over a connected socket.
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+        let socket = Framed::new(socket)?;
         Ok(Self { socket })
     }
 
     /// Reads one message. To be called when the socket is readable. `stop` becoming readable ends
     /// the wait for the rest of a message.
     pub(super) fn receive(&mut self, stop: BorrowedFd<'_>) -> Result<Received, Error> {
-        let deadline = sys::after(PATIENCE);
+        let deadline = Framed::deadline();
         let mut header = [0u8; HEADER];
-        let Some((first, files)) = self.receive_files(&mut header, stop, deadline)? else {
+        let files =
+            self.socket
+                .receive_header::<MAX_ATTACHED_FD_ENTRIES>(&mut header, stop, deadline)?;
+        let Some(files) = files else {
             return Ok(Received::Closed);
         };
-        self.fill(&mut header[first..], stop, deadline)?;
         let word = |at: usize| {
             let mut bytes = [0u8; 4];
             bytes.copy_from_slice(&header[at..at + 4]);
@@ -137,84 +141,8 @@ impl Channel {
             )));
         }
         message.body.resize(size, 0);
-        self.fill(&mut message.body, stop, deadline)?;
+        self.socket.fill(&mut message.body, stop, deadline)?;
         Ok(Received::Message(message))
-    }
-
-    /// Reads the first bytes of a message with its descriptors; `None` at the end of the stream.
-    fn receive_files(
-        &mut self,
-        buf: &mut [u8],
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<Option<(usize, Vec<File>)>, Error> {
-        loop {
-            let mut fds: [RawFd; MAX_ATTACHED_FD_ENTRIES] = [-1; MAX_ATTACHED_FD_ENTRIES];
-            let mut vectors = [libc::iovec {
-                iov_base: buf.as_mut_ptr().cast(),
-                iov_len: buf.len(),
-            }];
-            // SAFETY: the vector describes `buf`, bytes that may have any value.
-            let received = unsafe { self.socket.recv_with_fds(&mut vectors, &mut fds) };
-            match received {
-                Ok((bytes, count)) => {
-                    let files = fds
-                        .iter()
-                        .take(count)
-                        .map(|fd| {
-                            sys::set_cloexec(*fd);
-                            // SAFETY: the kernel made this descriptor for us in this very call.
-                            unsafe { File::from_raw_fd(*fd) }
-                        })
-                        .collect();
-                    return Ok((bytes > 0).then_some((bytes, files)));
-                }
-                Err(error) => self.wait(io::Error::from(error), libc::POLLIN, stop, deadline)?,
-            }
-        }
-    }
-
-    /// Reads exactly as many bytes as `buf` has.
-    fn fill(
-        &mut self,
-        mut buf: &mut [u8],
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<(), Error> {
-        while !buf.is_empty() {
-            match self.socket.read(buf) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                Ok(bytes) => buf = &mut buf[bytes..],
-                Err(error) => self.wait(error, libc::POLLIN, stop, deadline)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// After a call that did not go through: waits until it may, or returns its error.
-    fn wait(
-        &self,
-        error: io::Error,
-        events: i16,
-        stop: BorrowedFd<'_>,
-        deadline: Instant,
-    ) -> Result<(), Error> {
-        match error.kind() {
-            io::ErrorKind::Interrupted => return Ok(()),
-            io::ErrorKind::WouldBlock => {}
-            _ => return Err(error.into()),
-        }
-        let [ready, stopped] = sys::poll(
-            [(self.socket.as_fd(), events), (stop, libc::POLLIN)],
-            Some(deadline),
-        )?;
-        if stopped != 0 {
-            return Err(Error::Stopped);
-        }
-        if ready == 0 {
-            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-        }
-        Ok(())
     }
 
     /// Answers a message.
@@ -226,31 +154,15 @@ impl Channel {
         stop: BorrowedFd<'_>,
     ) -> Result<(), Error> {
         let bytes = encode(request, REPLY | VERSION, body)?;
-        let deadline = sys::after(PATIENCE);
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let fds = match file {
-                Some(file) if rest.len() == bytes.len() => &[file.as_raw_fd()][..],
-                _ => &[],
-            };
-            match self.socket.send_with_fds(&[rest], fds) {
-                Ok(count) => rest = &rest[count..],
-                Err(error) => self.wait(error.into(), libc::POLLOUT, stop, deadline)?,
-            }
-        }
-        Ok(())
+        let fds: Vec<_> = file.iter().map(|file| file.as_raw_fd()).collect();
+        Ok(self.socket.send(&bytes, &fds, stop)?)
     }
 
     /// Sends a message of ours, without waiting for anything: one that does not fit into the
     /// socket's buffer at once is an error.
     pub(super) fn notify(&self, request: u32) -> io::Result<()> {
         let bytes = encode(request, VERSION, &[]).map_err(|_| io::ErrorKind::InvalidData)?;
-        let sent = self.socket.send_with_fds(&[bytes.as_slice()], &[])?;
-        if sent == bytes.len() {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::WriteZero.into())
-        }
+        self.socket.send_now(&bytes)
     }
 }
 
