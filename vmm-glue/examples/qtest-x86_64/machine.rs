@@ -16,7 +16,7 @@ use crate::{
     Result,
     args::{Args, Kind, Options},
     devices::{self, Memory},
-    qmp::Monitor,
+    monitor::Monitor,
 };
 
 /// The address and the data of the PCI configuration mechanism.

@@ -15,6 +15,7 @@ mod args;
 mod devices;
 mod machine;
 mod migration;
+mod monitor;
 mod protocol;
 mod qmp;
 
@@ -54,12 +55,12 @@ fn run() -> Result<()> {
     let args = Args::parse(std::env::args().skip(1))?;
     let connect = |path: &str| UnixStream::connect(path).map_err(|e| format!("{path}: {e}"));
     let (tests, monitor) = (connect(&args.qtest)?, connect(&args.monitor)?);
-    let monitor = qmp::Monitor::new(monitor)?;
+    let monitor = monitor::Monitor::new(monitor)?;
     let machine = Arc::new(Mutex::new(Machine::new(&args, &monitor)?));
     migration::listen(args, &machine, &monitor)?;
     let for_monitor = Arc::clone(&machine);
     thread::spawn(move || {
-        let code = i32::from(monitor.serve(&for_monitor).is_err());
+        let code = i32::from(qmp::serve(&monitor, &for_monitor).is_err());
         // `quit`, or the test is gone.
         std::process::exit(code);
     });

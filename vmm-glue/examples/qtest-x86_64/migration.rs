@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use virtio_devices::ahci::HbaState;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::{Result, args::Args, machine::Machine, qmp::Monitor};
+use crate::{Result, args::Args, machine::Machine, monitor::Monitor};
 
 const PAGE: usize = 4096;
 /// Bytes of a configuration space that go along.

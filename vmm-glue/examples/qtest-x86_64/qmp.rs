@@ -1,8 +1,7 @@
 //! QMP, as far as the tests use it.
 
 use std::{
-    io::{Read, Write},
-    os::unix::net::UnixStream,
+    io::Read,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -11,155 +10,113 @@ use std::{
 use block::faults::Event;
 use serde_json::{Value, json};
 
-use crate::{Result, args::Options, machine::Machine, migration};
+use crate::{Result, args::Options, machine::Machine, migration, monitor::Monitor};
 
-/// The monitor's socket; events come from any thread.
-#[derive(Clone)]
-pub(crate) struct Monitor(Arc<Mutex<UnixStream>>);
-
-impl Monitor {
-    pub(crate) fn new(socket: UnixStream) -> Result<Self> {
-        let monitor = Self(Arc::new(Mutex::new(socket)));
-        let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "platter"});
-        monitor.send(&json!({"QMP": {"version": version, "capabilities": []}}))?;
-        Ok(monitor)
-    }
-
-    fn send(&self, message: &Value) -> Result<()> {
-        let mut socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = socket.write_all(format!("{message}\r\n").as_bytes());
-        sent.map_err(|error| error.to_string())
-    }
-
-    pub(crate) fn event(&self, name: &str, data: &Value) {
-        let time = json!({"seconds": 0, "microseconds": 0});
-        // A test that is gone hears nothing more.
-        let _ = self.send(&json!({"event": name, "data": data, "timestamp": time}));
-    }
-
-    pub(crate) fn tray_moved(&self, id: &str, open: bool) {
-        let data = json!({"device": "", "id": id, "tray-open": open});
-        self.event("DEVICE_TRAY_MOVED", &data);
-    }
-
-    pub(crate) fn device_deleted(&self, id: &str) {
-        self.event(
-            "DEVICE_DELETED",
-            &json!({"device": id, "path": format!("/machine/{id}")}),
-        );
-    }
-
-    /// Executes commands until `quit`, or until the test is gone.
-    pub(crate) fn serve(&self, machine: &Arc<Mutex<Machine>>) -> Result<()> {
-        let socket = self
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .try_clone();
-        let mut socket = socket.map_err(|error| error.to_string())?;
-        let (mut text, mut piece) = (Vec::new(), [0; 4096]);
-        loop {
-            match socket.read(&mut piece) {
-                Ok(0) | Err(_) => return Ok(()),
-                Ok(len) => text.extend_from_slice(&piece[..len]),
+/// Executes commands until `quit`, or until the test is gone.
+pub(crate) fn serve(monitor: &Monitor, machine: &Arc<Mutex<Machine>>) -> Result<()> {
+    let mut socket = monitor.commands()?;
+    let (mut text, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        match socket.read(&mut piece) {
+            Ok(0) | Err(_) => return Ok(()),
+            Ok(len) => text.extend_from_slice(&piece[..len]),
+        }
+        // Commands follow each other without anything between them.
+        let mut stream = serde_json::Deserializer::from_slice(&text).into_iter::<Value>();
+        let mut commands = Vec::new();
+        while let Some(Ok(command)) = stream.next() {
+            commands.push(command);
+        }
+        let used = stream.byte_offset();
+        text.drain(..used);
+        for command in commands {
+            if command["execute"] == "quit" {
+                return monitor.send(&json!({"return": {}}));
             }
-            // Commands follow each other without anything between them.
-            let mut stream = serde_json::Deserializer::from_slice(&text).into_iter::<Value>();
-            let mut commands = Vec::new();
-            while let Some(Ok(command)) = stream.next() {
-                commands.push(command);
+            let mut answer = match execute(monitor, &command, machine) {
+                Ok(value) => json!({"return": value}),
+                Err(error) => json!({"error": {"class": "GenericError", "desc": error}}),
+            };
+            if let Some(id) = command.get("id") {
+                answer["id"] = id.clone();
             }
-            let used = stream.byte_offset();
-            text.drain(..used);
-            for command in commands {
-                if command["execute"] == "quit" {
-                    return self.send(&json!({"return": {}}));
-                }
-                let mut answer = match self.execute(&command, machine) {
-                    Ok(value) => json!({"return": value}),
-                    Err(error) => json!({"error": {"class": "GenericError", "desc": error}}),
-                };
-                if let Some(id) = command.get("id") {
-                    answer["id"] = id.clone();
-                }
-                self.send(&answer)?;
-                if command["execute"] == "system_reset" {
-                    self.event(
-                        "RESET",
-                        &json!({"guest": false, "reason": "host-qmp-system-reset"}),
-                    );
-                }
+            monitor.send(&answer)?;
+            if command["execute"] == "system_reset" {
+                monitor.event(
+                    "RESET",
+                    &json!({"guest": false, "reason": "host-qmp-system-reset"}),
+                );
             }
         }
     }
+}
 
-    fn execute(&self, command: &Value, machine: &Arc<Mutex<Machine>>) -> Result<Value> {
-        let name = command["execute"].as_str().unwrap_or_default();
-        let arguments = &command["arguments"];
-        let text = |key: &str| {
-            let value = arguments[key].as_str();
-            value.ok_or_else(|| format!("{name}: expected {key}"))
-        };
-        let mut guard = machine.lock().unwrap_or_else(PoisonError::into_inner);
-        match name {
-            "qmp_capabilities" => {}
-            "query-machines" => return Ok(machines()),
-            "qom-list-types" => return Ok(types()),
-            "query-status" => {
-                let status = if guard.running { "running" } else { "paused" };
-                return Ok(json!({"running": guard.running, "status": status}));
-            }
-            "system_reset" => guard.reset(),
-            "block_resize" => {
-                let size = arguments["size"].as_u64().ok_or("expected size")?;
-                guard.resize(text("device")?, size)?;
-            }
-            "device_add" => {
-                let mut device = Options::parse(text("driver")?);
-                for (key, value) in arguments.as_object().into_iter().flatten() {
-                    device.set(key, value.as_str().unwrap_or_default());
-                }
-                guard.add_function(&device)?;
-            }
-            "device_del" => guard.remove_function(text("id")?)?,
-            "blockdev-add" => {
-                let file = arguments["file"]["filename"].as_str();
-                guard.add_drive(text("node-name")?, file.ok_or("expected file.filename")?);
-            }
-            "blockdev-open-tray" | "blockdev-close-tray" => {
-                let (id, open) = (text("id")?, name == "blockdev-open-tray");
-                let (adapter, port) = guard.tray(id)?;
-                let moved = if open {
-                    adapter.hba().open_tray(port, false)
-                } else {
-                    adapter.hba().close_tray(port)
-                };
-                moved.map_err(|error| error.to_string())?;
-                self.tray_moved(id, open);
-            }
-            "blockdev-remove-medium" => {
-                let (adapter, port) = guard.tray(text("id")?)?;
-                let removed = adapter.hba().remove_medium(port);
-                removed.map_err(|error| error.to_string())?;
-            }
-            "blockdev-insert-medium" => {
-                let medium = guard.medium(text("node-name")?)?;
-                let (adapter, port) = guard.tray(text("id")?)?;
-                let inserted = adapter.hba().insert_medium(port, medium);
-                inserted.map_err(|error| error.to_string())?;
-            }
-            "human-monitor-command" => {
-                let words = text("command-line")?.replace('"', "");
-                let words: Vec<&str> = words.split_ascii_whitespace().collect();
-                breakpoint(&guard, &words)?;
-                return Ok(json!(""));
-            }
-            "migrate" => migration::send(&mut guard, text("uri")?, self)?,
-            "query-migrate" => return Ok(json!({"status": "completed"})),
-            _ => return Err(format!("there is no {name}")),
+fn execute(monitor: &Monitor, command: &Value, machine: &Arc<Mutex<Machine>>) -> Result<Value> {
+    let name = command["execute"].as_str().unwrap_or_default();
+    let arguments = &command["arguments"];
+    let text = |key: &str| {
+        let value = arguments[key].as_str();
+        value.ok_or_else(|| format!("{name}: expected {key}"))
+    };
+    let mut guard = machine.lock().unwrap_or_else(PoisonError::into_inner);
+    match name {
+        "qmp_capabilities" => {}
+        "query-machines" => return Ok(machines()),
+        "qom-list-types" => return Ok(types()),
+        "query-status" => {
+            let status = if guard.running { "running" } else { "paused" };
+            return Ok(json!({"running": guard.running, "status": status}));
         }
-        Ok(json!({}))
+        "system_reset" => guard.reset(),
+        "block_resize" => {
+            let size = arguments["size"].as_u64().ok_or("expected size")?;
+            guard.resize(text("device")?, size)?;
+        }
+        "device_add" => {
+            let mut device = Options::parse(text("driver")?);
+            for (key, value) in arguments.as_object().into_iter().flatten() {
+                device.set(key, value.as_str().unwrap_or_default());
+            }
+            guard.add_function(&device)?;
+        }
+        "device_del" => guard.remove_function(text("id")?)?,
+        "blockdev-add" => {
+            let file = arguments["file"]["filename"].as_str();
+            guard.add_drive(text("node-name")?, file.ok_or("expected file.filename")?);
+        }
+        "blockdev-open-tray" | "blockdev-close-tray" => {
+            let (id, open) = (text("id")?, name == "blockdev-open-tray");
+            let (adapter, port) = guard.tray(id)?;
+            let moved = if open {
+                adapter.hba().open_tray(port, false)
+            } else {
+                adapter.hba().close_tray(port)
+            };
+            moved.map_err(|error| error.to_string())?;
+            monitor.tray_moved(id, open);
+        }
+        "blockdev-remove-medium" => {
+            let (adapter, port) = guard.tray(text("id")?)?;
+            let removed = adapter.hba().remove_medium(port);
+            removed.map_err(|error| error.to_string())?;
+        }
+        "blockdev-insert-medium" => {
+            let medium = guard.medium(text("node-name")?)?;
+            let (adapter, port) = guard.tray(text("id")?)?;
+            let inserted = adapter.hba().insert_medium(port, medium);
+            inserted.map_err(|error| error.to_string())?;
+        }
+        "human-monitor-command" => {
+            let words = text("command-line")?.replace('"', "");
+            let words: Vec<&str> = words.split_ascii_whitespace().collect();
+            breakpoint(&guard, &words)?;
+            return Ok(json!(""));
+        }
+        "migrate" => migration::send(&mut guard, text("uri")?, monitor)?,
+        "query-migrate" => return Ok(json!({"status": "completed"})),
+        _ => return Err(format!("there is no {name}")),
     }
+    Ok(json!({}))
 }
 
 /// `qemu-io DRIVE break EVENT TAG` and `qemu-io DRIVE resume TAG`.
