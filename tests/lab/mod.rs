@@ -202,7 +202,11 @@ impl Drop for Process {
 /// The last lines of a file, for messages.
 pub(crate) fn tail(file: &Path) -> String {
     let content = fs::read(file).unwrap_or_default();
-    let text = String::from_utf8_lossy(&content);
+    last_lines(&String::from_utf8_lossy(&content))
+}
+
+/// The end of a text, which is where it says what went wrong.
+pub(crate) fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(40)..].join("\n")
 }
