@@ -28,6 +28,7 @@ mod resize;
 mod serve;
 mod serve_ahci;
 mod serve_nvme;
+mod serve_vfio_user;
 mod snapshot;
 mod util;
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use block::{AsyncDiskFile, io::EngineKind};
+use block::AsyncDiskFile;
 use clap::Args;
 use virtio_devices::{
     ahci::{Hba, HbaConfig, OpticalConfig},
@@ -16,10 +16,8 @@ use vmm_glue::{
 
 use crate::{
     control::{self, AhciControl},
-    image::{
-        open::{self, OpenHow},
-        spec::ImageSpec,
-    },
+    image::{open, spec::ImageSpec},
+    serve_vfio_user::VfioUserArgs,
     util::{
         failure::{Failure, Outcome},
         persona::Persona,
@@ -54,29 +52,14 @@ pub(crate) struct AhciArgs {
     /// Ports of the adapter
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=32))]
     ports: u8,
-    /// Bypass the host's page cache
-    #[arg(long)]
-    direct: bool,
-    /// Cache mode: writeback (the default), writethrough, none, directsync or unsafe
-    #[arg(short = 't', long, value_name = "MODE")]
-    cache: Option<String>,
-    /// The engine: sync, io_uring or linux-aio (which needs --direct)
-    #[arg(long, value_name = "ENGINE", value_parser = crate::util::persona::engine)]
-    engine: Option<EngineKind>,
-    /// End after the first connection
-    #[arg(long)]
-    once: bool,
-    /// A socket for JSON lines: media, hot plug and counters; see platter ctl
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
+    #[command(flatten)]
+    common: VfioUserArgs,
 }
 
 /// How images are opened, whenever they are.
 #[derive(Clone, Debug)]
 struct Opening {
-    direct: bool,
-    cache: Option<String>,
-    engine: Option<EngineKind>,
+    common: VfioUserArgs,
     persona: Persona,
 }
 
@@ -105,21 +88,19 @@ pub(crate) fn run(args: &AhciArgs, persona: Persona) -> Outcome {
     let function = AhciFunction::new(config, &memory, interrupts.clone()).map_err(failed)?;
     let hba = Arc::clone(function.hba());
     let opening = Opening {
-        direct: args.direct,
-        cache: args.cache.clone(),
-        engine: args.engine,
+        common: args.common.clone(),
         persona,
     };
     for (drive, port) in drives.iter().zip(ports) {
         drive.plug(&hba, port, &opening)?;
     }
-    let _control = match &args.control {
+    let _control = match &args.common.control {
         Some(path) => Some(control::start(path, Arc::new(controlled(&hba, opening)))?),
         None => None,
     };
     let mut server = VfioUserServer::bind(&args.socket, Arc::new(function), memory, interrupts)
         .map_err(server_failed)?;
-    server.once(args.once);
+    server.once(args.common.once);
     server.stop_on(signals);
     tracing::info!(socket = %args.socket.display(), drives = drives.len(), "serving ahci");
     server.run().map_err(server_failed)?;
@@ -270,16 +251,7 @@ impl Drive {
             self.format.as_deref()
         };
         let spec = ImageSpec::parse(&self.image, false, format, opening.persona)?;
-        let mut how = OpenHow {
-            read_only: self.read_only || self.optical,
-            direct: opening.direct,
-            engine: opening.engine,
-            named_files_need_format: true,
-            ..OpenHow::default()
-        };
-        if let Some(mode) = &opening.cache {
-            how.cache = open::cache_mode(mode)?;
-        }
+        let how = opening.common.how(self.read_only || self.optical)?;
         open::open(&spec, &how, opening.persona)
     }
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, thread};
 
-use block::{AsyncDiskFile, Format, OpenOptions, io::EngineKind};
+use block::{AsyncDiskFile, Format, OpenOptions};
 use clap::Args;
 use virtio_devices::nvme::{NamespaceConfig, NvmeConfig, PoolConfig, Subsystem, SubsystemConfig};
 use vm_memory::GuestMemoryAtomic;
@@ -13,10 +13,8 @@ use vmm_glue::vfio_user::{
 
 use crate::{
     control::{self, NvmeControl},
-    image::{
-        open::{self, OpenHow},
-        spec::ImageSpec,
-    },
+    image::{open, spec::ImageSpec},
+    serve_vfio_user::VfioUserArgs,
     util::{
         failure::{Failure, Outcome},
         persona::Persona,
@@ -71,21 +69,8 @@ pub(crate) struct NvmeArgs {
     /// PCI vendor and device, for whoever has numbers of their own; drivers do not look at them
     #[arg(long, value_name = "VVVV:DDDD", default_value = "1af4:10f4", value_parser = pci_id)]
     pci_id: (u16, u16),
-    /// Bypass the host's page cache
-    #[arg(long)]
-    direct: bool,
-    /// Cache mode: writeback (the default), writethrough, none, directsync or unsafe
-    #[arg(short = 't', long, value_name = "MODE")]
-    cache: Option<String>,
-    /// The engine: sync, io_uring or linux-aio (which needs --direct)
-    #[arg(long, value_name = "ENGINE", value_parser = crate::util::persona::engine)]
-    engine: Option<EngineKind>,
-    /// End after the first connection of each socket
-    #[arg(long)]
-    once: bool,
-    /// A socket on which 'platter ctl' tells the running server what to do
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
+    #[command(flatten)]
+    common: VfioUserArgs,
 }
 
 /// Runs the command.
@@ -151,12 +136,12 @@ fn serve(
         controllers.push(Arc::clone(&function));
         let mut server =
             VfioUserServer::bind(socket, function, memory, interrupts).map_err(server_failed)?;
-        server.once(args.once);
+        server.once(args.common.once);
         servers.push(server);
         tracing::info!(socket = %socket.display(), "serving nvme");
     }
     // Gone before the servers are, and the disks are closed.
-    let _control = match &args.control {
+    let _control = match &args.common.control {
         Some(path) => {
             let args = args.clone();
             let control = NvmeControl {
@@ -178,7 +163,7 @@ fn serve(
         let first = servers.next();
         let others: Vec<_> = servers.map(|it| scope.spawn(|| it.run())).collect();
         let mut result = first.map_or(Ok(()), VfioUserServer::run);
-        if !args.once {
+        if !args.common.once {
             for stop in &stops {
                 stop.stop();
             }
@@ -246,16 +231,7 @@ fn namespace(
         }
     }
     let spec = ImageSpec::parse(image, false, format, persona)?;
-    let mut how = OpenHow {
-        read_only: config.read_only,
-        direct: args.direct,
-        engine: args.engine,
-        named_files_need_format: true,
-        ..OpenHow::default()
-    };
-    if let Some(mode) = &args.cache {
-        how.cache = open::cache_mode(mode)?;
-    }
+    let how = args.common.how(config.read_only)?;
     Ok((open::open(&spec, &how, persona)?, config))
 }
 
