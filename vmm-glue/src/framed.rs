@@ -6,6 +6,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    net::Shutdown,
     os::{
         fd::{AsFd, BorrowedFd, FromRawFd, RawFd},
         unix::net::UnixStream,
@@ -54,6 +55,12 @@ impl Framed {
         Ok(Self { socket })
     }
 
+    /// Ends the connection for both sides; whoever waits for the peer finds it gone.
+    pub(crate) fn shut_down(&self) {
+        // It may be gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
     /// When the message that begins now has to be over.
     pub(crate) fn deadline() -> Instant {
         sys::after(PATIENCE)
@@ -61,7 +68,7 @@ impl Framed {
 
     /// Reads the header of a message with up to `FDS` descriptors; `None` at the end of the stream.
     pub(crate) fn receive_header<const FDS: usize>(
-        &mut self,
+        &self,
         header: &mut [u8],
         stop: BorrowedFd<'_>,
         deadline: Instant,
@@ -94,13 +101,13 @@ impl Framed {
 
     /// Reads exactly as many bytes as `buf` has.
     pub(crate) fn fill(
-        &mut self,
+        &self,
         mut buf: &mut [u8],
         stop: BorrowedFd<'_>,
         deadline: Instant,
     ) -> Result<(), Broken> {
         while !buf.is_empty() {
-            match self.socket.read(buf) {
+            match (&self.socket).read(buf) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
                 Ok(bytes) => buf = &mut buf[bytes..],
                 Err(error) => self.wait(error, libc::POLLIN, stop, deadline)?,
@@ -111,7 +118,7 @@ impl Framed {
 
     /// Sends a message; the descriptors go with its first byte.
     pub(crate) fn send(
-        &mut self,
+        &self,
         message: &[u8],
         fds: &[RawFd],
         stop: BorrowedFd<'_>,

@@ -135,21 +135,40 @@ extern "C" fn on_sigbus(
     // tried again. The lock is only held while the handler is being installed.
     if let Ok(before) = BEFORE.try_lock()
         && let Some(before) = *before
-        && before.sa_flags & libc::SA_SIGINFO != 0
-        && before.sa_sigaction > 1
+        && ask(&before, signal, info, context)
     {
-        // SAFETY: with SA_SIGINFO the field holds a function of this type; 0 and 1 are none.
-        let handler = unsafe {
-            std::mem::transmute::<
-                usize,
-                extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void),
-            >(before.sa_sigaction)
-        };
-        handler(signal, info, context);
         return;
     }
     // SAFETY: SIG_DFL is a valid disposition for SIGBUS.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+/// Calls the handler that was there before, in the way it was installed for; whether there was one.
+fn ask(
+    before: &libc::sigaction,
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) -> bool {
+    let handler = before.sa_sigaction;
+    if matches!(handler, libc::SIG_DFL | libc::SIG_IGN) {
+        return false;
+    }
+    if before.sa_flags & libc::SA_SIGINFO != 0 {
+        // SAFETY: with SA_SIGINFO the field holds a function of this type.
+        let handler = unsafe {
+            std::mem::transmute::<
+                usize,
+                extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void),
+            >(handler)
+        };
+        handler(signal, info, context);
+    } else {
+        // SAFETY: without SA_SIGINFO the field holds a function of this type.
+        let handler = unsafe { std::mem::transmute::<usize, extern "C" fn(libc::c_int)>(handler) };
+        handler(signal);
+    }
+    true
 }
 
 /// Puts zeroes in the place of the mapping, and shuts the connection down.
@@ -176,4 +195,45 @@ fn replace(slot: &Slot, start: usize) -> bool {
     // SAFETY: as for reading it.
     unsafe { *errno = saved };
     result != libc::MAP_FAILED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static PLAIN: AtomicI32 = AtomicI32::new(0);
+    static WITH_INFO: AtomicI32 = AtomicI32::new(0);
+
+    extern "C" fn plain(signal: libc::c_int) {
+        PLAIN.store(signal, Ordering::SeqCst);
+    }
+
+    extern "C" fn with_info(
+        signal: libc::c_int,
+        _info: *mut libc::siginfo_t,
+        context: *mut libc::c_void,
+    ) {
+        WITH_INFO.store(signal + context as i32, Ordering::SeqCst);
+    }
+
+    fn asked(handler: usize, flags: libc::c_int) -> bool {
+        // SAFETY: all bytes zero is a valid `sigaction`.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        before.sa_sigaction = handler;
+        before.sa_flags = flags;
+        let context = ptr::without_provenance_mut(100);
+        ask(&before, 7, ptr::null_mut(), context)
+    }
+
+    #[test]
+    fn the_handler_before_ours_is_called_in_its_own_way() {
+        assert!(asked(plain as *const () as usize, libc::SA_ONSTACK));
+        assert_eq!(PLAIN.load(Ordering::SeqCst), 7);
+        assert!(asked(with_info as *const () as usize, libc::SA_SIGINFO));
+        assert_eq!(WITH_INFO.load(Ordering::SeqCst), 107);
+        for flags in [0, libc::SA_SIGINFO] {
+            assert!(!asked(libc::SIG_DFL, flags));
+            assert!(!asked(libc::SIG_IGN, flags));
+        }
+    }
 }

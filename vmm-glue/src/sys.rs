@@ -224,6 +224,40 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Memory of ours, all zeroes, of which the host gives what is touched.
+    pub(crate) fn anonymous(len: u64) -> io::Result<Self> {
+        let invalid = |text: &'static str| io::Error::new(io::ErrorKind::InvalidInput, text);
+        let len = usize::try_from(len).map_err(|_| invalid("range overflows"))?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            base: NonNull::new(base).ok_or(invalid("mapped at address 0"))?,
+            total: len,
+            lead: 0,
+            len,
+            watch: None,
+        })
+    }
+
+    /// Makes [anonymous](Self::anonymous) memory zeroes again, which takes none of the host's.
+    pub(crate) fn forget(&self) {
+        // SAFETY: the range is this mapping, whose bytes are only accessed as volatile memory, for
+        // which zeroes are as good.
+        unsafe { libc::madvise(self.base.as_ptr(), self.total, libc::MADV_DONTNEED) };
+    }
+
     /// Whether the file became shorter, and what was here is gone.
     pub(crate) fn is_lost(&self) -> bool {
         self.watch.as_ref().is_some_and(Watch::is_lost)

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vfio_client::{BASE, Client};
+use vfio_client::{BASE, Client, MEMORY};
 use virtio_devices::{
     nvme::{NamespaceConfig, NvmeConfig, Subsystem, SubsystemConfig},
     testing::{MockDisk, MockDiskConfig},
@@ -84,7 +84,11 @@ trait Nvme {
     fn enable(&mut self);
     /// Posts entry `index` of a queue and waits for its completion; returns the status field.
     fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16;
+    fn post(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]);
     fn create_queues(&mut self);
+    fn identify(&mut self, index: u64) -> u16;
+    /// A read or write of one block.
+    fn io(opcode: u32) -> [(usize, u32); 5];
     fn transfer(&mut self, index: u64, opcode: u32) -> u16;
 }
 
@@ -100,13 +104,18 @@ impl Nvme for Client {
         self.until("ready", |it| it.read(0, 0x1c) & 1 != 0);
     }
 
-    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16 {
+    fn post(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) {
         let mut entry = [0; 64];
         for (at, value) in dwords {
             entry[at * 4..at * 4 + 4].copy_from_slice(&value.to_le_bytes());
         }
         let base = queue * 0x2000;
         self.memory.write_all_at(&entry, base + index * 64).unwrap();
+    }
+
+    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16 {
+        self.post(queue, index, dwords);
+        let base = queue * 0x2000;
         self.write(0x1000 + 8 * queue, index as u32 + 1);
         let mut status = 0;
         self.until("a completion", |it| {
@@ -136,16 +145,25 @@ impl Nvme for Client {
         }
     }
 
-    fn transfer(&mut self, index: u64, opcode: u32) -> u16 {
+    fn identify(&mut self, index: u64) -> u16 {
+        let at = BASE + 0xa000;
+        let (low, high) = (at as u32, (at >> 32) as u32);
+        self.command(0, index, &[(0, 6 | 8 << 16), (6, low), (7, high), (10, 1)])
+    }
+
+    fn io(opcode: u32) -> [(usize, u32); 5] {
         let at = BASE + 0x8000;
-        let entry = [
+        [
             (0, opcode | 9 << 16),
             (1, 1),
             (6, at as u32),
             (7, (at >> 32) as u32),
             (10, 3),
-        ];
-        self.command(1, index, &entry)
+        ]
+    }
+
+    fn transfer(&mut self, index: u64, opcode: u32) -> u16 {
+        self.command(1, index, &Self::io(opcode))
     }
 }
 
@@ -258,6 +276,126 @@ fn a_memfd_that_shrinks_costs_the_connection_alone() {
         let end = client.socket.read_to_end(&mut rest);
         assert!(end.is_ok() || end.is_err_and(|it| it.kind() == ErrorKind::ConnectionReset));
     }
+    let mut client = Client::connect(&server.path());
+    client.map();
+    client.enable();
+    client.create_queues();
+    assert_eq!(client.transfer(0, 1), 0);
+}
+
+#[test]
+fn memory_without_a_descriptor_is_reached_by_messages() {
+    let server = Server::start();
+    let mut client = Client::connect(&server.path());
+    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    assert_eq!(client.map_range(3, BASE + 4096, 4096, &[]), Err(17));
+    client.enable();
+    client.create_queues();
+    for round in 1..=3_u8 {
+        let index = u64::from(round - 1) * 2;
+        client.memory.write_all_at(&[round; 512], 0x8000).unwrap();
+        assert_eq!(client.transfer(index, 1), 0);
+        assert_eq!(server.disk.contents()[3 * 512..4 * 512], [round; 512]);
+        // What is around the data stays as the client has it.
+        client.memory.write_all_at(&[99; 1024], 0x7f00).unwrap();
+        assert_eq!(client.transfer(index + 1, 2), 0);
+        let mut data = [0; 1024];
+        client.memory.read_exact_at(&mut data, 0x7f00).unwrap();
+        let mut expected = [99; 1024];
+        expected[0x100..0x300].fill(round);
+        assert_eq!(data, expected);
+    }
+    let accesses = client.accesses;
+    assert!(accesses[0] >= 8 && accesses[1] >= 8, "{accesses:?}");
+    // In pieces of what the client takes at once: Identify has 4096 bytes.
+    assert_eq!(client.identify(2), 0);
+    assert!(client.accesses[1] >= accesses[1] + 5);
+    client.unmap().unwrap();
+    let accesses = client.accesses;
+    client.write(0x1008, 7);
+    client.until("a fatal status", |it| it.read(0, 0x1c) & 2 != 0);
+    assert_eq!(client.accesses, accesses);
+}
+
+#[test]
+fn memory_with_and_without_descriptors_beside_each_other() {
+    let server = Server::start();
+    let mut client = Client::connect(&server.path());
+    let fd = client.memory.as_raw_fd();
+    // The queues are mapped, the data is not; then it may only be read, then only be written.
+    client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
+    client.map_range(3, BASE + 0x8000, 0x1000, &[]).unwrap();
+    client.enable();
+    client.create_queues();
+    client.memory.write_all_at(&[7; 512], 0x8000).unwrap();
+    assert_eq!(client.transfer(0, 1), 0);
+    assert_eq!(client.accesses, [1, 0]);
+    assert_eq!(client.transfer(1, 2), 0);
+    assert_eq!(client.accesses, [1, 1]);
+    for (index, flags, statuses) in [(2, 1, [0, 4]), (4, 2, [4, 0]), (6, 0, [4, 4])] {
+        client.unmap_range(BASE + 0x8000, 0x1000).unwrap();
+        client.map_range(flags, BASE + 0x8000, 0x1000, &[]).unwrap();
+        for (ahead, status) in (0..).zip(statuses) {
+            let got = client.transfer(index + ahead, 1 + ahead as u32) & 0xff;
+            assert_eq!(got, status, "flags {flags}, opcode {}", 1 + ahead);
+        }
+    }
+    assert_eq!(client.map_range(4, BASE + 0x9000, 0x1000, &[]), Err(22));
+}
+
+#[test]
+fn a_read_that_the_client_refuses_is_an_error_of_that_command() {
+    let server = Server::start();
+    let mut client = Client::connect(&server.path());
+    let fd = client.memory.as_raw_fd();
+    client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
+    client.map_range(3, BASE + 0x8000, 0x1000, &[]).unwrap();
+    client.enable();
+    client.create_queues();
+    client.refused_below = u64::MAX;
+    assert_eq!(client.transfer(0, 1) & 0xff, 4);
+    client.refused_below = 0;
+    assert_eq!(client.transfer(1, 1), 0);
+    // A write that it refuses was promised to be possible: that ends the connection.
+    client.refused_below = u64::MAX;
+    client.post(1, 2, &Client::io(2));
+    client.write(0x1008, 3);
+    let started = Instant::now();
+    while !client.is_gone() {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    let mut client = Client::connect(&server.path());
+    client.map();
+    client.enable();
+}
+
+#[test]
+fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
+    let server = Server::start();
+    let mut client = Client::connect(&server.path());
+    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    client.enable();
+    client.create_queues();
+    client.deaf = true;
+    client.post(1, 0, &Client::io(1));
+    client.write(0x1008, 1);
+    let started = Instant::now();
+    while !client.has_message() {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    // The worker waits for the entry, the reset for the worker, the client for the reset.
+    client.call(13, &[], &[]).unwrap();
+    client.deaf = false;
+    assert_eq!(client.read(0, 0x1c), 0);
+    // And one that goes away in the middle.
+    client.enable();
+    client.create_queues();
+    client.post(1, 0, &Client::io(1));
+    client.write(0x1008, 1);
+    while !client.has_message() {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    drop(client);
     let mut client = Client::connect(&server.path());
     client.map();
     client.enable();

@@ -70,6 +70,11 @@ impl<S: MemorySource> NvmeQueues<S> {
             let slot = &self.slots[index];
             let (queue, cid, status) = (slot.queue, slot.command.cid, slot.status);
             tracing::trace!(target: "platter::nvme", queue, cid, status = status.0, "end");
+            if slot.op == Op::Read {
+                // Before the entry that tells of it, because marking may be what brings it to the
+                // guest; and also after an error: some of it may have been filled.
+                mark_dirty(&*self.memory, &slot.data);
+            }
             let head = match self.sqs.get(usize::from(queue)) {
                 Some(Some(sq)) => sq.ring.head(),
                 _ => 0,
@@ -87,10 +92,6 @@ impl<S: MemorySource> NvmeQueues<S> {
                 cq.broken = true;
                 self.port().stats.fault();
                 self.core.fail("a completion queue is outside guest memory");
-            }
-            if slot.op == Op::Read {
-                // Also after an error: some of it may have been filled.
-                mark_dirty(&*self.memory, &slot.data);
             }
             let took = now.saturating_sub(slot.started);
             self.port()

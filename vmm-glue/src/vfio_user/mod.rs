@@ -19,7 +19,7 @@ use std::{
 use vm_memory::GuestMemoryAtomic;
 
 pub use interrupts::VfioUserInterrupts;
-pub use memory::{VfioUserMemory, VfioUserRegion};
+pub use memory::{VfioUserMemory, VfioUserRegion, WriteBack, Written};
 pub use nvme::{NvmeFunction, NvmeFunctionConfig};
 
 use crate::{socket::Listening, sys};
@@ -155,11 +155,12 @@ impl VfioUserServer {
             };
             let mut session = session::Session::new(
                 stream,
+                self.stop.as_fd(),
                 Arc::clone(&self.function),
                 self.memory.clone(),
                 Arc::clone(&self.interrupts),
             )?;
-            if let Err(error) = session.serve(self.stop.as_fd()) {
+            if let Err(error) = session.serve() {
                 tracing::warn!(%error, "the connection has ended");
             }
             session.end();

@@ -2,20 +2,17 @@
 
 use std::{
     fs::File,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestMemoryAtomic, Permissions};
 
 use super::{
     Error, PausableFunction,
     interrupts::{INDICES, INTX, MSI, MSIX, VfioUserInterrupts},
-    memory::{MemoryTable, VfioUserMemory},
+    memory::{MemoryTable, NewRegion, VfioUserMemory},
     message::{Channel, MAX_DATA, MAX_FDS, Message},
 };
 use crate::pci::{ConfigSpace, Description};
@@ -54,13 +51,21 @@ const ACTION_MASK: u32 = 1 << 3;
 const ACTION_UNMASK: u32 = 1 << 4;
 const ACTION_TRIGGER: u32 = 1 << 5;
 
+/// The most bytes of guest memory that are copied before the memory of the copies is given back.
+const MAX_COPIED: u64 = 64 << 20;
+
+/// DMA_MAP: the client's memory may be read, written, both.
+const MAP_READABLE: u32 = 1;
+const MAP_WRITABLE: u32 = 1 << 1;
+const MAP_READ_WRITE: u32 = MAP_READABLE | MAP_WRITABLE;
+
 /// DMA_UNMAP of everything.
 const UNMAP_ALL: u32 = 1 << 1;
 
 type Answer = Result<Vec<u8>, i32>;
 
 pub(super) struct Session {
-    channel: Channel,
+    channel: Arc<Channel>,
     function: Arc<dyn PausableFunction>,
     description: Description,
     config: ConfigSpace,
@@ -73,13 +78,14 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(
         stream: UnixStream,
+        stop: BorrowedFd<'_>,
         function: Arc<dyn PausableFunction>,
         memory: GuestMemoryAtomic<VfioUserMemory>,
         interrupts: Arc<VfioUserInterrupts>,
     ) -> Result<Self, Error> {
         let description = function.description();
         Ok(Self {
-            channel: Channel::new(stream)?,
+            channel: Arc::new(Channel::new(stream, stop)?),
             config: ConfigSpace::new(&description),
             description,
             function,
@@ -90,9 +96,9 @@ impl Session {
         })
     }
 
-    /// Answers commands until the client is gone or `stop` is readable.
-    pub(super) fn serve(&mut self, stop: BorrowedFd<'_>) -> Result<(), Error> {
-        while let Some(mut message) = self.channel.receive(stop)? {
+    /// Answers commands until the client is gone or the server is to stop.
+    pub(super) fn serve(&mut self) -> Result<(), Error> {
+        while let Some(mut message) = self.channel.receive()? {
             if !self.greeted && message.command != VERSION {
                 return Err(Error::Client("the first message is no version".to_owned()));
             }
@@ -100,13 +106,20 @@ impl Session {
             if let Err(errno) = answer {
                 tracing::debug!(command = message.command, errno, "refused");
             }
-            self.channel.reply(&message, answer, stop)?;
+            self.channel.reply(&message, answer)?;
+            if self.channel.take_moved(MAX_COPIED) {
+                self.function.pause();
+                self.table.forget_copies();
+                self.function.resume();
+            }
         }
         Ok(())
     }
 
     /// The client is gone: the device forgets everything of it.
     pub(super) fn end(&mut self) {
+        // Whoever waits for its memory waits no longer.
+        self.channel.close();
         if self.table.is_lost() {
             tracing::warn!("the client has shortened the file of its guest's memory");
         }
@@ -147,6 +160,9 @@ impl Session {
             return Err(libc::EINVAL);
         }
         self.greeted = true;
+        if let Some(bytes) = max_data(message.body.get(4..).unwrap_or_default()) {
+            self.channel.limit_data(bytes);
+        }
         let mut body = Vec::new();
         body.extend_from_slice(&0_u16.to_ne_bytes());
         body.extend_from_slice(&minor.min(1).to_ne_bytes());
@@ -159,13 +175,22 @@ impl Session {
     }
 
     fn dma_map(&mut self, message: &mut Message) -> Answer {
-        let (offset, address, size) = (message.u64(8)?, message.u64(16)?, message.u64(24)?);
-        // A region without a descriptor (a ROM) is nothing that a device reads or writes.
-        let Some(file) = message.files.pop() else {
-            return Ok(Vec::new());
+        let (flags, at) = (message.u32(4)?, message.u64(8)?);
+        let access = match flags {
+            0 => Permissions::No,
+            MAP_READABLE => Permissions::Read,
+            MAP_WRITABLE => Permissions::Write,
+            MAP_READ_WRITE => Permissions::ReadWrite,
+            _ => return Err(libc::EINVAL),
         };
-        let connection = self.channel.as_fd();
-        self.table.map(address, size, &file, offset, connection)?;
+        let new = NewRegion {
+            guest: message.u64(16)?,
+            size: message.u64(24)?,
+            at,
+            access,
+        };
+        let file = message.files.pop();
+        self.table.map(new, file.as_ref(), &self.channel)?;
         self.exchange_memory();
         Ok(Vec::new())
     }
@@ -339,6 +364,13 @@ impl Session {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
+}
+
+/// `max_data_xfer_size` of the client's version text, if it has it.
+fn max_data(text: &[u8]) -> Option<u64> {
+    let text = text.split(|byte| *byte == 0).next()?;
+    let value: serde_json::Value = serde_json::from_slice(text).ok()?;
+    value["capabilities"]["max_data_xfer_size"].as_u64()
 }
 
 fn words(list: &[u32]) -> Vec<u8> {

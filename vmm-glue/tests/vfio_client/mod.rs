@@ -13,7 +13,7 @@ use std::{
     io::Read,
     os::{
         fd::{AsRawFd, FromRawFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     path::Path,
     thread,
@@ -24,6 +24,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 pub const MEMORY: u64 = 4 << 20;
 pub const BASE: u64 = 0x1_0000_0000;
+/// The most bytes of data in a message, as the client says.
+pub const MAX_DATA: usize = 1000;
 
 fn memfd() -> File {
     // SAFETY: the name is a NUL-terminated string.
@@ -39,6 +41,12 @@ pub struct Client {
     pub socket: UnixStream,
     next: u16,
     pub memory: File,
+    /// Accesses of the server to memory by messages: reads, writes.
+    pub accesses: [usize; 2],
+    /// Accesses below this address are refused.
+    pub refused_below: u64,
+    /// It answers no accesses while it waits for a reply itself.
+    pub deaf: bool,
 }
 
 impl Client {
@@ -51,9 +59,12 @@ impl Client {
             socket,
             next: 0,
             memory: memfd(),
+            accesses: [0; 2],
+            refused_below: 0,
+            deaf: false,
         };
         let mut body = vec![0; 4];
-        body.extend_from_slice(b"{\"capabilities\":{}}\0");
+        body.extend_from_slice(b"{\"capabilities\":{\"max_data_xfer_size\":1000}}\0");
         let answer = client.call(1, &body, &[]).unwrap();
         assert!(answer[4..].starts_with(b"{\"capabilities\":"));
         client
@@ -74,17 +85,107 @@ impl Client {
 
     pub fn call(&mut self, command: u16, body: &[u8], fds: &[i32]) -> Result<Vec<u8>, u32> {
         self.send(command, body, fds, 0);
+        let mut later = Vec::new();
+        let answer = loop {
+            let (header, body) = self.receive();
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            if word(8) & 15 == 0 {
+                if self.deaf {
+                    later.push((header, body));
+                } else {
+                    self.access_memory(&header, &body);
+                }
+                continue;
+            }
+            assert_eq!(word(8) & 15, 1);
+            assert_eq!(header[..2], self.next.to_ne_bytes());
+            if word(8) & 1 << 5 != 0 {
+                break Err(word(12));
+            }
+            break Ok(body);
+        };
+        for (header, body) in later {
+            self.access_memory(&header, &body);
+        }
+        answer
+    }
+
+    fn receive(&mut self) -> ([u8; 16], Vec<u8>) {
         let mut header = [0; 16];
         self.socket.read_exact(&mut header).unwrap();
-        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        assert_eq!(header[..2], self.next.to_ne_bytes());
-        let mut answer = vec![0; word(4) as usize - 16];
-        self.socket.read_exact(&mut answer).unwrap();
-        assert_eq!(word(8) & 15, 1);
-        if word(8) & 1 << 5 != 0 {
-            return Err(word(12));
+        let size = u32::from_ne_bytes(header[4..8].try_into().unwrap());
+        let mut body = vec![0; size as usize - 16];
+        self.socket.read_exact(&mut body).unwrap();
+        (header, body)
+    }
+
+    /// Answers DMA_READ and DMA_WRITE.
+    fn access_memory(&mut self, header: &[u8; 16], body: &[u8]) {
+        let command = u16::from_ne_bytes([header[2], header[3]]);
+        let address = u64::from_ne_bytes(body[..8].try_into().unwrap());
+        let count = u64::from_ne_bytes(body[8..16].try_into().unwrap()) as usize;
+        assert!(count <= MAX_DATA);
+        let mut answer = body[..16].to_vec();
+        let mut flags = 1_u32;
+        if address < self.refused_below {
+            flags |= 1 << 5;
+            answer.clear();
+        } else if command == 11 {
+            let mut data = vec![0; count];
+            self.memory
+                .read_exact_at(&mut data, address - BASE)
+                .unwrap();
+            answer.extend_from_slice(&data);
+            self.accesses[0] += 1;
+        } else {
+            assert_eq!(command, 12);
+            assert_eq!(body.len(), 16 + count);
+            self.memory
+                .write_all_at(&body[16..], address - BASE)
+                .unwrap();
+            self.accesses[1] += 1;
         }
-        Ok(answer)
+        let mut bytes = header[..4].to_vec();
+        bytes.extend_from_slice(&(16 + answer.len() as u32).to_ne_bytes());
+        bytes.extend_from_slice(&flags.to_ne_bytes());
+        bytes.extend_from_slice(&14_u32.to_ne_bytes());
+        bytes.extend_from_slice(&answer);
+        std::io::Write::write_all(&mut self.socket, &bytes).unwrap();
+    }
+
+    /// Whether a message waits.
+    pub fn has_message(&self) -> bool {
+        let mut entry = libc::pollfd {
+            fd: self.socket.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd structure, which outlives the call.
+        unsafe { libc::poll(&raw mut entry, 1, 0) > 0 }
+    }
+
+    /// Answers one access if there is one; whether the server has closed the connection.
+    pub fn is_gone(&mut self) -> bool {
+        if !self.has_message() {
+            return false;
+        }
+        let mut header = [0; 16];
+        if self.socket.read_exact(&mut header).is_err() {
+            return true;
+        }
+        let size = u32::from_ne_bytes(header[4..8].try_into().unwrap());
+        let mut body = vec![0; size as usize - 16];
+        self.socket.read_exact(&mut body).unwrap();
+        self.access_memory(&header, &body);
+        false
+    }
+
+    /// Answers what the server asks for now.
+    pub fn pump(&mut self) {
+        while self.has_message() {
+            let (header, body) = self.receive();
+            self.access_memory(&header, &body);
+        }
     }
 
     pub fn words(&mut self, command: u16, words: &[u32], fds: &[i32]) -> Result<Vec<u8>, u32> {
@@ -93,18 +194,27 @@ impl Client {
     }
 
     pub fn map(&mut self) {
-        let mut body: Vec<u8> = [32_u32, 3].iter().flat_map(|it| it.to_ne_bytes()).collect();
-        for value in [0, BASE, MEMORY] {
+        let fd = self.memory.as_raw_fd();
+        self.map_range(3, BASE, MEMORY, &[fd]).unwrap();
+    }
+
+    pub fn map_range(&mut self, flags: u32, at: u64, len: u64, fds: &[i32]) -> Result<(), u32> {
+        let mut body: Vec<u8> = [32, flags].iter().flat_map(|it| it.to_ne_bytes()).collect();
+        let offset = if fds.is_empty() { 0 } else { at - BASE };
+        for value in [offset, at, len] {
             body.extend_from_slice(&value.to_ne_bytes());
         }
-        let fd = self.memory.as_raw_fd();
-        self.call(2, &body, &[fd]).unwrap();
+        self.call(2, &body, fds).map(|_| ())
     }
 
     pub fn unmap(&mut self) -> Result<Vec<u8>, u32> {
+        self.unmap_range(BASE, MEMORY)
+    }
+
+    pub fn unmap_range(&mut self, at: u64, len: u64) -> Result<Vec<u8>, u32> {
         let mut body: Vec<u8> = [24_u32, 0].iter().flat_map(|it| it.to_ne_bytes()).collect();
-        body.extend_from_slice(&BASE.to_ne_bytes());
-        body.extend_from_slice(&MEMORY.to_ne_bytes());
+        body.extend_from_slice(&at.to_ne_bytes());
+        body.extend_from_slice(&len.to_ne_bytes());
         self.call(3, &body, &[])
     }
 
@@ -134,7 +244,11 @@ impl Client {
 
     pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let started = Instant::now();
-        while !done(self) {
+        loop {
+            self.pump();
+            if done(self) {
+                break;
+            }
             assert!(started.elapsed() < Duration::from_secs(20), "{what}");
             thread::sleep(Duration::from_millis(1));
         }
