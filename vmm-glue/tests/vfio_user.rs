@@ -10,11 +10,15 @@ use std::{
         fd::AsRawFd,
         unix::{fs::FileExt, net::UnixStream},
     },
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use block::{AsyncDiskFile, Format, OpenOptions};
 use vfio_client::{BASE, Client, MEMORY};
 use virtio_devices::{
     nvme::{NamespaceConfig, NvmeConfig, Subsystem, SubsystemConfig},
@@ -36,11 +40,15 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
         let disk = MockDisk::new(MockDiskConfig::default());
+        Self::over(disk.clone(), Box::new(disk))
+    }
+
+    fn over(disk: MockDisk, served: Box<dyn AsyncDiskFile>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
         let subsystem = Subsystem::new(SubsystemConfig::default()).unwrap();
         subsystem
-            .add_namespace(Box::new(disk.clone()), &NamespaceConfig::default())
+            .add_namespace(served, &NamespaceConfig::default())
             .unwrap();
         let interrupts = Arc::new(VfioUserInterrupts::default());
         let memory = GuestMemoryAtomic::new(VfioUserMemory::new());
@@ -401,4 +409,70 @@ fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
     client.enable();
     client.create_queues();
     assert_eq!(client.transfer(0, 1), 0);
+}
+
+#[test]
+fn a_reset_and_an_unmap_are_answered_after_every_operation() {
+    let server = Server::start();
+    for (round, opcode) in [(0, 1), (1, 2)] {
+        for command in [13, 3] {
+            let mut client = Client::connect(&server.path());
+            client.map();
+            client.enable();
+            client.create_queues();
+            server.disk.hold(true);
+            for index in 0..4 {
+                client.post(1, index, &Client::io(opcode));
+            }
+            client.write(0x1008, 4);
+            client.until("the operations", |_| server.disk.held() == 4);
+            let released = Arc::new(AtomicBool::new(false));
+            let (disk, last) = (server.disk.clone(), Arc::clone(&released));
+            let release = thread::spawn(move || {
+                // What answers too early has the time to do so.
+                thread::sleep(Duration::from_millis(100));
+                for _ in 0..3 {
+                    assert!(disk.release(0));
+                }
+                thread::sleep(Duration::from_millis(100));
+                last.store(true, Ordering::SeqCst);
+                disk.hold(false);
+                disk.release_all();
+            });
+            if command == 13 {
+                client.call(13, &[], &[]).unwrap();
+            } else {
+                client.unmap().unwrap();
+            }
+            assert!(released.load(Ordering::SeqCst), "{round} {command}");
+            release.join().unwrap();
+            assert_eq!(server.disk.held(), 0);
+        }
+    }
+}
+
+#[test]
+fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let image = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
+    let server = Server::over(MockDisk::new(MockDiskConfig::default()), image);
+    let mut client = Client::connect(&server.path());
+    client.map();
+    client.enable();
+    client.create_queues();
+    assert_eq!(client.transfer(0, 2), 0);
+    // Block 3 is gone, then the whole file.
+    file.set_len(1024).unwrap();
+    assert_ne!(client.transfer(1, 2), 0);
+    file.set_len(0).unwrap();
+    assert_ne!(client.transfer(2, 2), 0);
+    file.set_len(1 << 20).unwrap();
+    client.memory.write_all_at(&[9; 512], 0x8000).unwrap();
+    assert_eq!(client.transfer(3, 2), 0);
+    let mut data = [9; 512];
+    client.memory.read_exact_at(&mut data, 0x8000).unwrap();
+    assert_eq!(data, [0; 512]);
 }
