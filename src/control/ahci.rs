@@ -54,6 +54,7 @@ impl Controlled for AhciControl {
             "plug-disk port=N disk=IMAGE[,option=value]",
             "plug-cdrom port=N cdrom=ISO[,option=value]",
             "unplug port=N",
+            "resize port=N size=SIZE",
         ]
     }
 
@@ -96,6 +97,12 @@ impl Controlled for AhciControl {
                 arguments.end()?;
                 (self.plug)(&self.hba, port, &format!("--{kind}"), &value)?;
                 Ok(json!({"port": port}))
+            }
+            "resize" => {
+                let size = arguments.size("size")?;
+                arguments.end()?;
+                self.hba.resize_disk(port, size).map_err(text)?;
+                Ok(json!({"port": port, "size": self.hba.disk_size(port)}))
             }
             "unplug" => {
                 arguments.end()?;

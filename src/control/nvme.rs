@@ -109,13 +109,7 @@ impl Controlled for NvmeControl {
                 let namespace = self.namespace(arguments)?;
                 let size = arguments.size("size")?;
                 arguments.end()?;
-                let block = u64::from(namespace.lba_size());
-                if size == 0 || !size.is_multiple_of(block) {
-                    return Err(format!(
-                        "'size' is {size}, expected a multiple of the namespace's {block} bytes"
-                    ));
-                }
-                let resized = namespace.disk().resize(size);
+                let resized = self.subsystem.resize_namespace(namespace.nsid(), size);
                 resized.map_err(|error| error.to_string())?;
                 Ok(describe(&namespace))
             }

@@ -1,91 +1,27 @@
 //! Compressing copies: one cluster at a time, on several threads.
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicBool, Ordering},
-    mpsc,
-};
-
 use block::DiskFile;
 
 use crate::{
     convert::{
         Job,
-        scan::{self, Kind, Run, SECTOR, Scanned},
+        scan::{Kind, Run, Scanned},
+        transfer::failed,
+        workers,
     },
-    util::{
-        bytes,
-        failure::{Failure, Outcome},
-        interrupt,
-        progress::Progress,
-    },
+    util::{bytes, failure::Outcome, progress::Progress},
 };
 
 /// Copies everything.
 pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
     let cluster = job.target.info().cluster_size.unwrap_or(65536);
-    let failed = |error: block::Error| Failure::new(error.to_string());
-    let scanned = |(start, disk): &(u64, Box<dyn block::AsyncDiskFile>)| {
-        let disk = disk.try_clone().map_err(failed)?;
-        Ok(Scanned {
-            disk,
-            start: *start,
-        })
-    };
-    let sources: Vec<Scanned> = job.sources.iter().map(scanned).collect::<Outcome<_>>()?;
-    let (to, from) = mpsc::sync_channel(64);
-    let from = Mutex::new(from);
-    let (done, ended) = mpsc::channel::<Outcome<u64>>();
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (sources, from, stop) = (&sources, &from, &stop);
-        scope.spawn(move || {
-            let look = job.look(cluster, cluster);
-            scan::run(sources, look, &mut |run| to.send(run).is_ok());
-        });
-        for _ in 0..job.parallel {
-            let done = done.clone();
-            scope.spawn(move || {
-                let mut buf = vec![0; cluster as usize];
-                while !stop.load(Ordering::Relaxed) {
-                    let next = from.lock().map(|from| from.recv());
-                    let Ok(Ok(next)) = next else { break };
-                    let result = next.and_then(|run| {
-                        interrupt::check()?;
-                        if let Some(kind) = run.unknown {
-                            job.warn("block status at offset", run.offset, kind);
-                        }
-                        copy_run(job, sources, &run, &mut buf)?;
-                        Ok(run.len)
-                    });
-                    let over = result.is_err();
-                    if done.send(result).is_err() || over {
-                        break;
-                    }
-                }
-            });
+    let look = job.look(cluster, cluster);
+    workers::run(job, progress, look, job.parallel, |hand, run, buf| {
+        if let Some(kind) = run.unknown {
+            job.warn("block status at offset", run.offset, kind);
         }
-        drop(done);
-        let mut sum = 0;
-        let mut first = Ok(());
-        for result in ended {
-            match result {
-                Ok(len) => {
-                    sum += len;
-                    progress.advance(len);
-                    job.keep_rate(sum);
-                }
-                Err(failure) => {
-                    stop.store(true, Ordering::Relaxed);
-                    first = first.and(Err(failure));
-                }
-            }
-        }
-        // The scanner may be waiting for room: what is left is for nobody.
-        if let Ok(from) = from.lock() {
-            while from.recv().is_ok() {}
-        }
-        first
+        copy_run(job, hand.sources, run, buf)?;
+        Ok(run.len)
     })
 }
 
@@ -125,40 +61,21 @@ fn copy_run(job: &Job, sources: &[Scanned], run: &Run, buf: &mut [u8]) -> Outcom
         let to = (whole + len as u64).min(source.start + source.disk.size());
         if from < to {
             let part = &mut buf[(from - whole) as usize..(to - whole) as usize];
-            read(job, &*source.disk, part, from - source.start)?;
+            let lost = job.read(&*source.disk, part, from - source.start)?;
+            job.tell_lost(&lost);
         }
     }
     write(job, buf, whole)
 }
 
-fn read(job: &Job, source: &dyn DiskFile, buf: &mut [u8], offset: u64) -> Outcome<()> {
-    let Err(error) = source.read_at(buf, offset) else {
-        return Ok(());
-    };
-    if !job.salvage {
-        return Err(Failure::new(format!(
-            "error while reading at byte {offset}: {error}"
-        )));
-    }
-    // As much as can be had, a sector at a time.
-    for (sector, buf) in buf.chunks_mut(SECTOR as usize).enumerate() {
-        let at = offset + sector as u64 * SECTOR;
-        if let Err(error) = source.read_at(buf, at) {
-            job.warn("offset", at, error.kind());
-            buf.fill(0);
-        }
-    }
-    Ok(())
-}
-
 /// Writes one cluster; a zero one says so unless everything is to be written.
 fn write(job: &Job, buf: &[u8], offset: u64) -> Outcome<()> {
     if job.sparse > 0 && bytes::is_zero(buf) {
-        return zero(job, offset, buf.len() as u64);
+        return job.zero(offset, buf.len() as u64);
     }
     job.target
         .write_compressed(buf, offset)
-        .map_err(|error| write_failed(offset, &error))
+        .map_err(|error| failed("writing", offset, error.kind()))
 }
 
 fn one(job: &Job, source: &dyn DiskFile, run: &Run, buf: &mut [u8]) -> Outcome<()> {
@@ -174,24 +91,12 @@ fn one(job: &Job, source: &dyn DiskFile, run: &Run, buf: &mut [u8]) -> Outcome<(
             }
             Ok(())
         }
-        Kind::Zero => zero(job, run.target, run.len),
+        Kind::Zero => job.zero(run.target, run.len),
         Kind::Data => {
             let buf = &mut buf[..run.len as usize];
-            read(job, source, buf, run.offset)?;
+            let lost = job.read(source, buf, run.offset)?;
+            job.tell_lost(&lost);
             write(job, buf, run.target)
         }
     }
-}
-
-fn zero(job: &Job, offset: u64, len: u64) -> Outcome<()> {
-    if job.target_is_zero {
-        return Ok(());
-    }
-    job.target
-        .write_zeroes(offset, len, true)
-        .map_err(|error| write_failed(offset, &error))
-}
-
-fn write_failed(offset: u64, error: &block::Error) -> Failure {
-    Failure::new(format!("error while writing at byte {offset}: {error}"))
 }

@@ -2,8 +2,11 @@
 
 mod bitmaps;
 mod compress;
-mod copy;
+mod plain;
+mod queued;
 mod scan;
+mod transfer;
+mod workers;
 
 use std::{path::PathBuf, time::Instant};
 
@@ -29,7 +32,10 @@ use crate::{
     },
 };
 
-use scan::Look;
+use scan::{Kind, Look, Run, SECTOR};
+
+/// Bytes of a run of data, where they are only counted.
+const SCAN_CHUNK: u64 = 1 << 20;
 
 /// Copy a disk into another image, changing its format or making it smaller
 #[derive(Args, Debug)]
@@ -353,6 +359,7 @@ fn fill(
         None if persona.is_qemu() => CacheMode::Unsafe,
         None => CacheMode::WriteBack,
     };
+    let source_cache = open::cache_mode(&args.source_cache)?;
     let how = OpenHow {
         cache,
         engine: args.engine,
@@ -416,13 +423,15 @@ fn fill(
     let work = if args.compress {
         size
     } else {
-        copy::work(&job, shown)?
+        work(&job, shown)?
     };
     let progress = Progress::bytes(shown, persona, "converting", work);
     if args.compress {
         compress::run(&job, &progress)?;
+    } else if args.engine.is_none() && [source_cache, cache].iter().all(|mode| is_cached(*mode)) {
+        plain::run(&job, &progress)?;
     } else {
-        copy::run(&job, &progress)?;
+        queued::run(&job, &progress)?;
     }
     if let (true, [(_, source)]) = (args.bitmaps, job.sources.as_slice()) {
         bitmaps::copy(&**source, &*job.target, persona)?;
@@ -432,6 +441,37 @@ fn fill(
     job.target.close().map_err(failed)?;
     progress.finish();
     Ok(0)
+}
+
+/// Whether reads and writes only copy memory.
+fn is_cached(mode: CacheMode) -> bool {
+    matches!(mode, CacheMode::WriteBack | CacheMode::Unsafe)
+}
+
+/// The bytes to be copied, which are looked for only if progress is to be shown. QEMU looks always, and
+/// says what it cannot find out.
+fn work(job: &Job, shown: bool) -> Outcome<u64> {
+    let tells = job.salvage && job.persona.is_qemu();
+    let mut sum = 0u64;
+    if !shown && !tells {
+        return Ok(sum);
+    }
+    let mut result = Ok(());
+    let look = job.look_for_copy(SCAN_CHUNK);
+    scan::run(&scan::sources(job)?, look, &mut |run| match run {
+        Ok(run) => {
+            if let Some(kind) = run.unknown.filter(|_| tells) {
+                job.warn("block status at offset", run.offset, kind);
+            }
+            sum += if job.is_work(&run) { run.len } else { 0 };
+            true
+        }
+        Err(failure) => {
+            result = Err(failure);
+            false
+        }
+    });
+    result.map(|()| sum)
 }
 
 /// A device that was not made here keeps what it held.
@@ -447,6 +487,26 @@ impl Job {
             salvage: self.salvage,
             unit,
             chunk,
+        }
+    }
+
+    /// How the sources are looked through for a plain copy.
+    fn look_for_copy(&self, chunk: u64) -> Look {
+        let unit = if self.salvage {
+            // What cannot be found out is told by the sector.
+            SECTOR
+        } else {
+            self.sparse.clamp(SECTOR, chunk).next_power_of_two()
+        };
+        self.look(unit, chunk)
+    }
+
+    /// Whether a run is work: what only has to be passed over is none.
+    fn is_work(&self, run: &Run) -> bool {
+        match run.kind {
+            Kind::Data => true,
+            Kind::Zero => self.sparse == 0 || !self.target_is_zero,
+            Kind::Skip => false,
         }
     }
 

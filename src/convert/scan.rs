@@ -1,8 +1,11 @@
 //! Finds out, ahead of the copy, which parts of the source have to be read.
 
-use block::{DiskFile, ErrorKind};
+use block::{AsyncDiskFile, DiskFile, ErrorKind};
 
-use crate::util::failure::{Failure, Outcome};
+use crate::{
+    convert::Job,
+    util::failure::{Failure, Outcome},
+};
 
 /// A sector: what is tried alone where a larger range fails.
 pub(super) const SECTOR: u64 = 512;
@@ -52,6 +55,19 @@ pub(super) struct Scanned {
     pub(super) disk: Box<dyn DiskFile>,
     /// Its offset in the target.
     pub(super) start: u64,
+}
+
+/// The sources of a copy.
+pub(super) fn sources(job: &Job) -> Outcome<Vec<Scanned>> {
+    let one = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
+        Ok(Scanned {
+            disk: disk
+                .try_clone()
+                .map_err(|error| Failure::new(error.to_string()))?,
+            start: *start,
+        })
+    };
+    job.sources.iter().map(one).collect()
 }
 
 /// Gives every run of the sources, in order, to `found`, until that says that nobody wants more.

@@ -119,7 +119,8 @@ fn seabios_starts_from_nvme() {
 }
 
 /// What OVMF's shell runs: Linux, with its first file system from the same disk.
-const STARTUP: &str = "linux.efi initrd=\\initrd console=ttyS0 panic=-1 reboot=t\r\n";
+const STARTUP: &str =
+    "linux.efi initrd=\\initrd modules=ahci,sd_mod console=ttyS0 panic=-1 reboot=t\r\n";
 
 /// A disk with a FAT file system on which OVMF finds Linux.
 #[track_caller]
@@ -141,10 +142,10 @@ fn with_linux(workplace: &Workplace) -> PathBuf {
     image
 }
 
-/// Starts a machine with OVMF and nothing but one PCI function; it must start Linux from that, whose own driver then
-/// finds the partition by the name of `disk`.
+/// Starts a machine with OVMF and nothing but one PCI function; it must start Linux from that, which then prints
+/// `found` about it.
 #[track_caller]
-pub(crate) fn starts_with_ovmf(workplace: &Workplace, socket: &Path, disk: &str) {
+pub(crate) fn starts_with_ovmf(workplace: &Workplace, socket: &Path, found: &str) {
     let firmware = lab().join("root/usr/share/OVMF");
     let variables = workplace.file("variables.fd");
     fs::copy(firmware.join("OVMF_VARS_4M.fd"), &variables).expect("the variables of OVMF");
@@ -160,12 +161,11 @@ pub(crate) fn starts_with_ovmf(workplace: &Workplace, socket: &Path, disk: &str)
         ));
     }
     let mut qemu = Process::background(&mut command, &workplace.file("qemu.log"));
-    let disk = format!("{disk}: p1");
     let started = wait_until(LIMIT, || {
         assert!(qemu.ended().is_none(), "QEMU ended\n{}", qemu.messages());
         let printed = fs::read(&serial).unwrap_or_default();
         let printed = String::from_utf8_lossy(&printed);
-        printed.contains("Run /init as init process") && printed.contains(&disk)
+        printed.contains("Run /init as init process") && printed.contains(found)
     });
     assert!(
         started,
@@ -185,6 +185,17 @@ fn ovmf_starts_linux_from_nvme() {
     let namespace = format!("{},format=qcow2", image.display());
     let arguments = ["--namespace", &namespace];
     let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
-    starts_with_ovmf(&workplace, server.socket(0), "nvme0n1");
+    starts_with_ovmf(&workplace, server.socket(0), "nvme0n1: p1");
+    server.stop();
+}
+
+/// The same with OVMF's AHCI driver, and then Linux's.
+#[test]
+fn ovmf_starts_linux_from_ahci() {
+    let workplace = Workplace::new();
+    let image = with_linux(&workplace);
+    let disk = format!("{},format=qcow2", image.display());
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--disk", &disk]);
+    starts_with_ovmf(&workplace, server.socket(0), "sda: sda1");
     server.stop();
 }

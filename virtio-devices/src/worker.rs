@@ -95,6 +95,19 @@ impl Batch {
         true
     }
 
+    /// Takes the requests named `id` back if all `count` of them still wait to be submitted; returns
+    /// whether they did. Otherwise nothing changes.
+    pub fn take_back(&mut self, id: u64, count: usize) -> bool {
+        let requests = self.planes.iter().flatten().flat_map(|it| &it.requests);
+        if requests.filter(|request| request.id == id).count() != count {
+            return false;
+        }
+        for plane in self.planes.iter_mut().flatten() {
+            plane.requests.retain(|request| request.id != id);
+        }
+        true
+    }
+
     /// Adds the data plane of one more disk; returns its number.
     pub fn attach(&mut self, io: Box<dyn AsyncIo>) -> usize {
         // Whoever drives several disks waits for their notifiers; asking for one says so.

@@ -355,6 +355,63 @@ fn namespaces_are_created_attached_detached_and_deleted() {
     );
 }
 
+/// Posts the creation of a namespace of that many blocks of 512 bytes.
+fn create(guest: &mut Guest, blocks: u64) -> virtio_devices::nvme::driver::Completed {
+    guest.fill(PAGE, 4096, 0);
+    guest.put(PAGE, &blocks.to_le_bytes());
+    guest.put(PAGE + 8, &blocks.to_le_bytes());
+    guest.admin(Entry::new(0x0d).data(PAGE, 0))
+}
+
+#[test]
+fn a_resize_in_a_pool_counts_against_its_capacity() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::with_queues(with_pool(&folder), 1);
+    let free = |guest: &mut Guest| le64(&guest.identify(1, 0), 296);
+    for nsid in [2, 3] {
+        assert_eq!(create(&mut guest, 4096).dw0, nsid);
+    }
+    assert_eq!(free(&mut guest), 4 << 20);
+    let subsystem = Arc::clone(&guest.subsystem);
+    // Of 8 MiB the other namespace has 2.
+    assert!(subsystem.resize_namespace(2, (6 << 20) + 512).is_err());
+    assert_eq!(free(&mut guest), 4 << 20);
+    subsystem.resize_namespace(2, 6 << 20).unwrap();
+    assert_eq!(free(&mut guest), 0);
+    assert_eq!(le64(&guest.identify(0x11, 2), 0), (6 << 20) / 512);
+    assert_eq!(
+        create(&mut guest, 1).status,
+        Status::NAMESPACE_INSUFFICIENT_CAPACITY
+    );
+    assert!(subsystem.resize_namespace(3, (2 << 20) + 512).is_err());
+    subsystem.resize_namespace(2, 1 << 20).unwrap();
+    assert_eq!(free(&mut guest), 5 << 20);
+    subsystem.resize_namespace(3, 7 << 20).unwrap();
+    assert_eq!(free(&mut guest), 0);
+    // What is not of the pool does not count; sizes are whole blocks.
+    subsystem.resize_namespace(1, 16 << 20).unwrap();
+    assert_eq!(free(&mut guest), 0);
+    for (nsid, size) in [(1, 0), (1, 1000), (9, 512)] {
+        assert!(subsystem.resize_namespace(nsid, size).is_err());
+    }
+}
+
+#[test]
+fn only_several_controllers_say_that_they_are_several() {
+    let mut one = Guest::new();
+    let shared = |guest: &mut Guest| {
+        let multi = guest.identify(1, 0)[76];
+        (multi, guest.identify(0, 1)[30], guest.identify(8, 1)[1])
+    };
+    assert_eq!(shared(&mut one), (0, 0, 0));
+    let mut two = Guest::of(&one.subsystem, Vec::new(), NvmeConfig::default());
+    two.enable();
+    assert_eq!(shared(&mut one), (2, 1, 1));
+    assert_eq!(shared(&mut two), (2, 1, 1));
+    drop(two);
+    assert_eq!(shared(&mut one), (0, 0, 0));
+}
+
 #[test]
 fn without_a_pool_namespaces_are_not_managed() {
     let mut guest = Guest::new();
@@ -437,66 +494,6 @@ fn interrupts_are_held_back_until_the_threshold_or_the_time() {
     guest.post(1, &[read(0, 1)]);
     guest.process();
     assert_eq!(guest.lines.count(2), before + 1);
-}
-
-fn host(guest: &mut Guest, id: u8) {
-    guest.fill(PAGE, 16, id);
-    guest.admin_ok(set(0x81, 1).data(PAGE, 0));
-}
-
-fn keys(guest: &Guest, current: u64, other: u64) {
-    guest.put(PAGE, &current.to_le_bytes());
-    guest.put(PAGE + 8, &other.to_le_bytes());
-}
-
-#[test]
-fn reservations_keep_the_other_host_out() {
-    let mut one = Guest::with_queues(Setup::default(), 1);
-    let mut two = Guest::of(&one.subsystem, Vec::new(), NvmeConfig::default());
-    two.enable();
-    two.create_pair(1, 64);
-    let register = Entry::new(0x0d).nsid(1).data(PAGE, 0);
-    let acquire = Entry::new(0x11).nsid(1).data(PAGE, 0);
-    let release = Entry::new(0x15).nsid(1).data(PAGE, 0);
-    assert_eq!(one.status(register), Status::COMMAND_SEQUENCE_ERROR);
-    host(&mut one, 1);
-    host(&mut two, 2);
-    keys(&one, 0, 11);
-    one.io_ok(register);
-    keys(&two, 0, 22);
-    two.io_ok(register);
-    // Write exclusive.
-    keys(&one, 11, 0);
-    one.io_ok(acquire.cdw(10, 1 << 8));
-    one.io_ok(write(0, 1));
-    two.io_ok(read(0, 1));
-    assert_eq!(two.status(write(0, 1)), Status::RESERVATION_CONFLICT);
-    let mut report = vec![0; 192];
-    one.io_ok(
-        Entry::new(0x0e)
-            .nsid(1)
-            .data(PAGE, 0)
-            .cdw(10, 47)
-            .cdw(11, 1),
-    );
-    report.copy_from_slice(&one.bytes(PAGE, 192));
-    assert_eq!((report[4], report[5]), (1, 2));
-    assert_eq!(report[64 + 2], 1);
-    assert_eq!(le64(&report, 128 + 8), 22);
-    // The other host preempts it, and the first is told.
-    let request = one.post_admin(Entry::new(0x0c));
-    one.process();
-    keys(&two, 22, 11);
-    two.io_ok(acquire.cdw(10, 1 | 2 << 8));
-    one.process();
-    assert_eq!(one.take_admin(request).unwrap().dw0, 0x0080_0006);
-    let notice = one.log(0x80, 64);
-    assert_eq!((notice[8], le32(&notice, 12)), (1, 1));
-    assert_eq!(one.status(read(0, 1)), Status::RESERVATION_CONFLICT);
-    two.io_ok(write(0, 1));
-    keys(&two, 22, 0);
-    two.io_ok(release.cdw(10, 2 << 8));
-    one.io_ok(read(0, 1));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Disks: file systems, what tools read of them, and a driver that comes and goes under load.
 
 use crate::file_system::{FileSystem, manifest, manifest_command};
-use crate::lab::function::FunctionServer;
+use crate::lab::function::{FunctionServer, ctl};
 use crate::lab::{Workplace, check_image};
 use crate::shared::SharedGuest;
 
@@ -164,6 +164,54 @@ fn ahci_driver_comes_and_goes_under_load() {
         ));
         assert_eq!(again, sum);
     }
+    adapter.remove(&mut guest);
+    guest.done();
+    server.stop();
+    check_image(&image, "qcow2");
+}
+
+/// The host resizes the disk while the guest reads it; the guest sees that when it looks for the disk again.
+#[test]
+fn ahci_resize_is_seen_after_a_scan() {
+    let workplace = Workplace::new();
+    let image = workplace.create("disk", "qcow2", "32M");
+    let control = workplace.socket("control");
+    let disk = format!("{},format=qcow2", image.display());
+    let arguments = [
+        "--disk",
+        &disk,
+        "--control",
+        control.to_str().expect("plain text"),
+    ];
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &arguments);
+    let mut guest = SharedGuest::get(1);
+    let adapter = Adapter::plug(&mut guest, server.socket(0));
+    let device = adapter.drive(&mut guest, 0);
+    let sum = guest.ok(&format!(
+        "[ $(blockdev --getsz {device}) = 65536 ] || exit 1
+        dd if=/dev/urandom of={device} bs=1M count=8 conv=fsync 2> /dev/null
+        (while dd if={device} of=/dev/null bs=256k count=64 iflag=direct > /dev/null 2>&1; do :; done &)
+        dd if={device} bs=1M count=8 2> /dev/null | sha256sum"
+    ));
+    let resized = ctl(&control, &["resize", "port=0", "size=48M"]);
+    assert_eq!(resized["size"], 48 << 20, "{resized}");
+    guest.ok(&format!(
+        "cd /sys/bus/pci/devices/{pci}
+        echo 1 > /sys/block/{name}/device/delete
+        for scan in ata*/host*/scsi_host/host*/scan; do echo '- - -' > $scan; done",
+        pci = adapter.pci,
+        name = device.trim_start_matches("/dev/"),
+    ));
+    let device = adapter.drive(&mut guest, 0);
+    let again = guest.ok(&format!(
+        "[ $(blockdev --getsz {device}) = 98304 ] || {{ blockdev --getsz {device}; exit 1; }}
+        dd if=/dev/urandom of=/tmp/w bs=1M count=4 2> /dev/null
+        dd if=/tmp/w of={device} bs=1M seek=44 conv=fsync 2> /dev/null
+        echo 3 > /proc/sys/vm/drop_caches
+        dd if={device} bs=1M skip=44 2> /dev/null | cmp - /tmp/w || exit 1
+        dd if={device} bs=1M count=8 2> /dev/null | sha256sum"
+    ));
+    assert_eq!(again, sum);
     adapter.remove(&mut guest);
     guest.done();
     server.stop();

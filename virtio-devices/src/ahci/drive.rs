@@ -1,5 +1,7 @@
 //! What is plugged into a port: a device, and the disk behind it.
 
+use std::sync::Arc;
+
 use block::{AsyncDiskFile, ErrorKind};
 
 use crate::{
@@ -17,8 +19,9 @@ pub(super) enum Device {
 /// A drive in a port.
 pub(super) struct Drive {
     pub(super) device: Device,
-    /// What data planes are made of; `None` without a medium.
-    pub(super) disk: Option<Box<dyn AsyncDiskFile>>,
+    /// What data planes are made of; `None` without a medium. Shared, so that what waits for
+    /// requests in flight can be done without the lock of the port, which they need to end.
+    pub(super) disk: Option<Arc<dyn AsyncDiskFile>>,
 }
 
 impl Drive {

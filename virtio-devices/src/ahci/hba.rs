@@ -121,10 +121,47 @@ impl Hba {
             port,
             Some(Drive {
                 device: Device::Disk(device),
-                disk: Some(disk),
+                disk: Some(Arc::from(disk)),
             }),
         );
         Ok(())
+    }
+
+    /// Changes the size of the disk in a port to `size` bytes, after the commands in flight have
+    /// ended. IDENTIFY DEVICE shows it from then on; ATA has no way to tell the driver, which asks
+    /// when it looks for devices the next time.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchQueue`] for a port that is not there, [`Error::Config`] for one without a disk
+    /// and a size that is not whole logical sectors; the disk's error.
+    pub fn resize_disk(&self, port: u8, size: u64) -> Result<()> {
+        let index = self.check(port)?;
+        let (disk, sector) = match &self.shared.port(index).drive {
+            Some(Drive {
+                device: Device::Disk(device),
+                disk: Some(disk),
+            }) => (Arc::clone(disk), device.config().logical_sector),
+            _ => return Err(Error::Config(format!("port {port} has no disk"))),
+        };
+        if size == 0 || !size.is_multiple_of(u64::from(sector)) {
+            return Err(Error::Config(format!(
+                "the size of the disk in port {port} is {size}, expected a multiple of its {sector} bytes"
+            )));
+        }
+        Ok(disk.resize(size)?)
+    }
+
+    /// The size of the disk in a port, in bytes; `None` without one.
+    #[must_use]
+    pub fn disk_size(&self, port: u8) -> Option<u64> {
+        let index = self.check(port).ok()?;
+        match &self.shared.port(index).drive {
+            Some(Drive {
+                device: Device::Disk(_),
+                disk: Some(disk),
+            }) => Some(disk.size()),
+            _ => None,
+        }
     }
 
     /// Plugs an optical drive into a port, in place of what is there, with a medium or without.
@@ -155,7 +192,7 @@ impl Hba {
             port,
             Some(Drive {
                 device: Device::Optical(device),
-                disk: medium,
+                disk: medium.map(Arc::from),
             }),
         );
         Ok(())
@@ -179,8 +216,11 @@ impl Hba {
     pub fn close(&self) -> Result<()> {
         let mut result = Ok(());
         for index in 0..u32::from(self.config().ports) {
-            let port = self.shared.port(index);
-            if let Some(disk) = port.drive.as_ref().and_then(|drive| drive.disk.as_ref()) {
+            let disk = {
+                let port = self.shared.port(index);
+                port.drive.as_ref().and_then(|drive| drive.disk.clone())
+            };
+            if let Some(disk) = disk {
                 result = result.and(disk.close());
             }
         }
@@ -189,9 +229,11 @@ impl Hba {
 
     fn plug(&self, index: u32, drive: Option<Drive>) {
         let mut port = self.shared.port(index);
-        port.plug(drive);
+        let old = port.plug(drive);
         self.shared.interrupt(index, &port, 0);
         port.ring();
+        drop(port);
+        drop(old);
     }
 
     /// The doorbell of a port: an eventfd that wakes its worker. Without one a VMM calls

@@ -234,12 +234,14 @@ impl Port {
         }
     }
 
-    /// Another drive, or none.
-    pub(super) fn plug(&mut self, drive: Option<Drive>) {
+    /// Another drive, or none. Returns the one that was there: dropping it may take long, and is
+    /// done without the lock.
+    #[must_use]
+    pub(super) fn plug(&mut self, drive: Option<Drive>) -> Option<Drive> {
         self.forget();
         let was_up = self.regs.link;
         self.link_down();
-        self.drive = drive;
+        let old = std::mem::replace(&mut self.drive, drive);
         self.drive_changes += 1;
         if self.regs.sctl & 0xf == 0 {
             self.link_up();
@@ -251,6 +253,7 @@ impl Port {
             self.regs.serr |= serr::DIAG_N;
         }
         self.settle();
+        old
     }
 
     /// PxIS as the driver reads it: two bits mirror PxSERR.

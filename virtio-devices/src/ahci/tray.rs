@@ -1,5 +1,7 @@
 //! The host's side of optical drives: open and close trays, change media.
 
+use std::sync::Arc;
+
 use block::AsyncDiskFile;
 
 use super::{
@@ -36,7 +38,7 @@ impl Hba {
     pub fn insert_medium(&self, port: u8, medium: Box<dyn AsyncDiskFile>) -> Result<()> {
         self.with_tray(port, |drive, disk| {
             drive.insert(medium.size())?;
-            *disk = Some(medium);
+            *disk = Some(Arc::from(medium));
             Ok(())
         })
     }
@@ -46,7 +48,7 @@ impl Hba {
     ///
     /// # Errors
     /// As [`open_tray`](Self::open_tray).
-    pub fn remove_medium(&self, port: u8) -> Result<Option<Box<dyn AsyncDiskFile>>> {
+    pub fn remove_medium(&self, port: u8) -> Result<Option<Arc<dyn AsyncDiskFile>>> {
         self.with_tray(port, |drive, disk| {
             drive.eject()?;
             Ok(disk.take())
@@ -64,7 +66,7 @@ impl Hba {
     fn with_tray<R>(
         &self,
         port: u8,
-        change: impl FnOnce(&mut MmcDrive, &mut Option<Box<dyn AsyncDiskFile>>) -> Result<R>,
+        change: impl FnOnce(&mut MmcDrive, &mut Option<Arc<dyn AsyncDiskFile>>) -> Result<R>,
     ) -> Result<R> {
         let index = self.check(port)?;
         let mut port_state = self.shared.port(index);

@@ -1,4 +1,4 @@
-//! The admin command set: dispatch, queues, Abort, event requests, shadow doorbells.
+//! The admin command set: dispatch, queues, event requests, shadow doorbells.
 
 use std::sync::{PoisonError, atomic::Ordering};
 
@@ -55,7 +55,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             opcode::CREATE_CQ => self.create_cq(command),
             opcode::GET_LOG_PAGE => self.get_log_page(index, command, guest),
             opcode::IDENTIFY => self.identify(index, command, guest),
-            opcode::ABORT => Ok(Outcome::Done(self.abort(command))),
+            opcode::ABORT => self.abort(index, command),
             opcode::SET_FEATURES => self.set_features(index, command, guest),
             opcode::GET_FEATURES => self.get_features(index, command, guest),
             opcode::ASYNC_EVENT_REQUEST => self.event_request(index),
@@ -224,27 +224,6 @@ impl<S: MemorySource> NvmeQueues<S> {
                 }
             }
             _ => {}
-        }
-    }
-
-    /// Abort: an event request can be aborted, everything else ends by itself. Bit 0 says that the
-    /// command was not aborted.
-    fn abort(&mut self, command: &Command) -> u32 {
-        let queue = command.cdw10() as u16;
-        let cid = (command.cdw10() >> 16) as u16;
-        if queue != 0 {
-            return 1;
-        }
-        let at = self
-            .event_requests
-            .iter()
-            .position(|request| self.slots[*request].command.cid == cid);
-        match at.and_then(|at| self.event_requests.remove(at)) {
-            Some(request) => {
-                self.end(request, Status::ABORT_REQUESTED);
-                0
-            }
-            None => 1,
         }
     }
 

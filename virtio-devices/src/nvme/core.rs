@@ -40,6 +40,12 @@ pub(super) enum Mail {
         id: u16,
         token: u64,
     },
+    /// Aborts a command of one of its queues; `token` names the Abort.
+    Abort {
+        queue: u16,
+        cid: u16,
+        token: u64,
+    },
     /// Host work for one of its commands has ended.
     Ended {
         token: u64,

@@ -19,7 +19,7 @@ use crate::{
 pub type NvmeWorker<S> = Worker<NvmeQueues<S>>;
 
 impl<S: MemorySource> NvmeQueues<S> {
-    fn read_mail(&mut self) {
+    fn read_mail(&mut self, batch: &mut Batch) {
         if !self.port().has_mail() {
             return;
         }
@@ -30,6 +30,7 @@ impl<S: MemorySource> NvmeQueues<S> {
                 Mail::CreateSq(new) => self.open_sq(&new),
                 Mail::DeleteCq { id, token } => self.close_cq(id, token),
                 Mail::DeleteSq { id, token } => self.close_sq(id, token),
+                Mail::Abort { queue, cid, token } => self.abort_io(queue, cid, token, batch),
                 Mail::Ended { token, status, dw0 } => {
                     if let Some(index) = self.slots.find(token)
                         && matches!(self.slots[index].step, Step::Outside)
@@ -117,15 +118,15 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
     }
 
     fn post(&mut self) -> usize {
-        if self.ready.is_empty() {
-            return 0;
-        }
         let mut posted = 0;
         let ready = std::mem::take(&mut self.ready);
         for id in ready {
             if self.post_to(id, &mut posted) && !self.ready.contains(&id) {
                 self.ready.push(id);
             }
+        }
+        if !self.abort_replies.is_empty() {
+            self.reply_to_aborts();
         }
         posted
     }
@@ -166,6 +167,7 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
         }
         self.event_requests.clear();
         self.parked.clear();
+        self.abort_replies.clear();
         self.waiting_to_post = 0;
         for cq in self.cqs.iter_mut().flatten() {
             cq.ended.clear();
@@ -174,7 +176,7 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
     }
 
     fn resume(&mut self, batch: &mut Batch) {
-        self.read_mail();
+        self.read_mail(batch);
         self.finish_reset();
         self.report_events();
         self.retry_parked(batch);

@@ -70,7 +70,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
     }
 
-    fn end_pair(&mut self, first: u32, one: Status, second: u32, two: Status) {
+    pub(super) fn end_pair(&mut self, first: u32, one: Status, second: u32, two: Status) {
         self.end(first, one);
         self.end(second, two);
     }

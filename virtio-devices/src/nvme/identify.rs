@@ -69,7 +69,7 @@ impl Core {
             0x07 => of_nvm(self.list(nsid, true)?),
             0x08 => {
                 let namespace = self.active(nsid)?;
-                Ok(namespace.map_or_else(empty, |it| independent_page(&it)))
+                Ok(namespace.map_or_else(empty, |it| self.independent_page(&it)))
             }
             0x10 if self.manages() => self.list(nsid, false),
             0x11 if self.manages() => {
@@ -143,9 +143,9 @@ impl Core {
         put_text(&mut page, 4, 20, &config.serial);
         put_text(&mut page, 24, 40, &config.model);
         put_text(&mut page, 64, 8, FIRMWARE);
-        // RAB: no preferred burst. CMIC: other controllers may be there.
+        // RAB: no preferred burst. CMIC: whether there are other controllers.
         page[72] = 6;
-        page[76] = 1 << 1;
+        page[76] = u8::from(self.subsystem.has_several_controllers()) << 1;
         page[77] = self.config.mdts;
         put(&mut page, 78, &self.id.to_le_bytes());
         put(&mut page, 80, &VS.to_le_bytes());
@@ -251,8 +251,8 @@ impl Core {
         page[24] = 1 << 3 | 1 << 4;
         formats(&mut page);
         page[26] = u8::from(namespace.lba_size() == 4096);
-        // NMIC: may be shared.
-        page[30] = 1;
+        // NMIC: may be shared, if there is somebody to share it with.
+        page[30] = u8::from(self.subsystem.has_several_controllers());
         page[31] = reservation_capabilities(namespace);
         // FPI: no progress indicator.
         // DLFEAT: deallocated blocks read as zeroes; write zeroes may deallocate.
@@ -276,6 +276,18 @@ impl Core {
         page[99] = u8::from(namespace.is_read_only());
         put(&mut page, 104, &namespace.identity().nguid);
         put(&mut page, 120, &namespace.identity().eui64);
+        page
+    }
+
+    /// CNS 08h.
+    fn independent_page(&self, namespace: &Namespace) -> Vec<u8> {
+        let mut page = vec![0; PAGE];
+        page[0] = 1 << 3;
+        page[1] = u8::from(self.subsystem.has_several_controllers());
+        page[2] = reservation_capabilities(namespace);
+        // NSATTR: write protected. NSTAT: ready.
+        page[8] = u8::from(namespace.is_read_only());
+        page[14] = 1;
         page
     }
 }
@@ -327,18 +339,6 @@ fn nvm_controller_page() -> Vec<u8> {
     let mut page = vec![0; PAGE];
     // VSL, WZSL, WUSL: no limit but the field. DMRL; DMRSL and DMSL: no limit.
     page[3] = 255;
-    page
-}
-
-/// CNS 08h.
-fn independent_page(namespace: &Namespace) -> Vec<u8> {
-    let mut page = vec![0; PAGE];
-    page[0] = 1 << 3;
-    page[1] = 1;
-    page[2] = reservation_capabilities(namespace);
-    // NSATTR: write protected. NSTAT: ready.
-    page[8] = u8::from(namespace.is_read_only());
-    page[14] = 1;
     page
 }
 

@@ -275,6 +275,7 @@ fn create(core: &Core, bytes: u64, lba_size: u32) -> Result<u32, Status> {
     let Some(pool) = subsystem.config().pool.clone() else {
         return Err(Status::INVALID_OPCODE);
     };
+    let _pool = subsystem.pool.lock();
     let free = pool.capacity.saturating_sub(subsystem.pool_used());
     if bytes > free {
         return Err(Status::NAMESPACE_INSUFFICIENT_CAPACITY);

@@ -12,6 +12,7 @@
 //! It knows no transport: the owner gives it register accesses, guest memory, and a
 //! [`VectorInterrupt`](crate::VectorInterrupt).
 
+mod abort;
 mod admin;
 mod command;
 mod config;

@@ -32,6 +32,8 @@ pub(super) struct Sq {
     /// The first of a fused pair whose second has not come.
     pub(super) fused: Option<u32>,
     pub(super) broken: bool,
+    /// Entries that were aborted before they were taken.
+    pub(super) aborted: Vec<u32>,
     /// The doorbell that was copied to the shadow last; for the admin queue.
     pub(super) copied: Option<u32>,
 }
@@ -40,6 +42,11 @@ impl Sq {
     /// Nothing more is taken from it.
     pub(super) fn is_stopped(&self) -> bool {
         self.broken || self.deleting.is_some()
+    }
+
+    /// Whether the entry at the head was aborted.
+    pub(super) fn is_head_aborted(&self) -> bool {
+        self.aborted.contains(&self.ring.head())
     }
 }
 
@@ -78,6 +85,8 @@ pub struct NvmeQueues<S: MemorySource> {
     /// Event requests, oldest first.
     pub(super) event_requests: VecDeque<u32>,
     pub(super) parked: Vec<u32>,
+    /// Aborts that were dealt with, by their tokens, and whether something was aborted.
+    pub(super) abort_replies: Vec<(u64, bool)>,
     pub(super) namespaces: Vec<Option<Attached>>,
     last_namespace: usize,
     pub(super) namespaces_version: Option<u32>,
@@ -114,6 +123,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             waiting_to_post: 0,
             event_requests: VecDeque::new(),
             parked: Vec::new(),
+            abort_replies: Vec::new(),
             namespaces: Vec::new(),
             last_namespace: 0,
             namespaces_version: None,
@@ -198,6 +208,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             deleting: None,
             fused: None,
             broken: false,
+            aborted: Vec::new(),
             copied: None,
         });
         self.active.push(new.id);
@@ -248,6 +259,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     pub(super) fn begin_reset(&mut self) {
         self.resetting = true;
         self.parked.clear();
+        self.abort_replies.clear();
         self.event_requests.clear();
         for index in self.slots.busy() {
             let slot = &self.slots[index];

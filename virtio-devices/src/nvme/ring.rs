@@ -32,6 +32,27 @@ impl SubmissionRing {
         self.size
     }
 
+    /// The place of the command `cid` among the entries up to `tail` that were not taken.
+    pub(super) fn find<M: GuestMemory>(
+        &self,
+        cid: u16,
+        tail: u32,
+        window: &mut Window<'_, M>,
+    ) -> Option<u32> {
+        let mut place = self.head;
+        while place != tail {
+            let at = self.base.checked_add(u64::from(place) * SQE + 2)?;
+            let mut bytes = [0; 2];
+            let memory = window.memory();
+            memory.read_slice(&mut bytes, GuestAddress(at)).ok()?;
+            if u16::from_le_bytes(bytes) == cid {
+                return Some(place);
+            }
+            place = (place + 1) % self.size;
+        }
+        None
+    }
+
     /// Copies the entry at the head and steps over it.
     pub(super) fn fetch<M: GuestMemory>(
         &mut self,

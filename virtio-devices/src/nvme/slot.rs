@@ -106,6 +106,20 @@ impl Slots {
         (slot.busy && u64::from(slot.generation) == id >> 32).then_some(index)
     }
 
+    /// The command `cid` of a queue.
+    pub(super) fn in_flight(&self, queue: u16, cid: u16) -> Option<u32> {
+        let is = |slot: &Slot| slot.busy && slot.queue == queue && slot.command.cid == cid;
+        self.list.iter().position(is).map(|index| index as u32)
+    }
+
+    /// The first of the fused pair that `second` belongs to, if it has started.
+    pub(super) fn first_of(&self, second: u32) -> Option<u32> {
+        let is = |slot: &Slot| {
+            slot.busy && matches!(slot.step, Step::FusedCompare { second: it } if it == second)
+        };
+        self.list.iter().position(is).map(|index| index as u32)
+    }
+
     /// The slots in use.
     pub(super) fn busy(&self) -> Vec<u32> {
         let all = self.list.iter().enumerate();

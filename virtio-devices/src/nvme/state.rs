@@ -33,6 +33,9 @@ struct SavedSq {
     cq: u16,
     head: u32,
     tail: u32,
+    /// Entries that were aborted and not yet taken.
+    #[serde(default)]
+    aborted: Vec<u32>,
 }
 
 /// A completion queue, and what has ended and found no room in it.
@@ -245,6 +248,8 @@ impl NvmeController {
                 || !(2..=MAX_ENTRIES).contains(&sq.size)
                 || sq.head >= sq.size
                 || sq.tail >= sq.size
+                || sq.aborted.len() >= sq.size as usize
+                || sq.aborted.iter().any(|entry| *entry >= sq.size)
                 || sq.base.checked_add(u64::from(sq.size) * SQE).is_none()
             {
                 return Err(bad(format!("submission queue {} is impossible", sq.id)));
@@ -361,6 +366,7 @@ impl<S: MemorySource> NvmeQueues<S> {
                     head
                 },
                 tail: doorbells.tail(id as u16),
+                aborted: sq.aborted.clone(),
             })
         });
         let cqs = self.cqs.iter().flatten().map(|cq| SavedCq {
@@ -402,6 +408,9 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
         for sq in &state.sqs {
             self.open_sq(&new_sq(sq));
+            if let Some(Some(opened)) = self.sqs.get_mut(usize::from(sq.id)) {
+                opened.aborted.clone_from(&sq.aborted);
+            }
         }
         for cq in &state.cqs {
             for ended in &cq.ended {

@@ -89,6 +89,8 @@ pub struct Subsystem {
     pub(super) jobs: Jobs,
     /// Sanitize operations take long; other host work must not wait for them.
     long_jobs: Jobs,
+    /// Held while something of the pool is given away.
+    pub(super) pool: Mutex<()>,
 }
 
 impl Subsystem {
@@ -141,6 +143,7 @@ impl Subsystem {
             sanitize: Arc::default(),
             jobs: Jobs::start("nvme-host").map_err(thread)?,
             long_jobs: Jobs::start("nvme-sanitize").map_err(thread)?,
+            pool: Mutex::default(),
         }))
     }
 
@@ -264,6 +267,36 @@ impl Subsystem {
             .collect()
     }
 
+    /// Changes the size of a namespace's disk, and tells every controller it is attached to. A
+    /// namespace of the pool may grow by what the pool has left (UNVMCAP), and gives back what it
+    /// shrinks by.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is no such namespace, `size` is not whole blocks or the pool has
+    /// no room for it; the disk's error.
+    pub fn resize_namespace(&self, nsid: u32, size: u64) -> Result<()> {
+        let namespace = self
+            .namespace(nsid)
+            .ok_or_else(|| Error::Config(format!("there is no namespace {nsid}")))?;
+        let block = u64::from(namespace.lba_size());
+        if size == 0 || !size.is_multiple_of(block) {
+            return Err(Error::Config(format!(
+                "the size of namespace {nsid} is {size}, expected a multiple of its {block} bytes"
+            )));
+        }
+        let _pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(_), Some(pool)) = (namespace.pooled(), &self.config.pool) {
+            let others = self.pool_used().saturating_sub(namespace.disk().size());
+            let room = pool.capacity.saturating_sub(others);
+            if size > room && size > namespace.disk().size() {
+                return Err(Error::Config(format!(
+                    "the size of namespace {nsid} is {size}, expected at most the {room} bytes that the pool has for it"
+                )));
+            }
+        }
+        Ok(namespace.disk().resize(size)?)
+    }
+
     fn resized(&self, nsid: u32, size: u64) {
         if let Some(namespace) = self.namespace(nsid) {
             namespace.resized(size);
@@ -295,6 +328,12 @@ impl Subsystem {
         for namespace in self.namespaces() {
             namespace.attached().remove(&id);
         }
+    }
+
+    /// Whether there is more than one controller: what CMIC and NMIC tell. A driver takes a lone
+    /// controller that says otherwise for one path of several.
+    pub(super) fn has_several_controllers(&self) -> bool {
+        self.controllers().len() > 1
     }
 
     /// The identifiers of the controllers.

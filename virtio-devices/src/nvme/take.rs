@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{queues::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow};
+use super::{Status, queues::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow};
 use crate::{
     MemorySource,
     memory::{BatchMemory, QueueMemory, Window},
@@ -82,9 +82,12 @@ impl<S: MemorySource> NvmeQueues<S> {
             if sq.ring.head() == tail || sq.is_stopped() || sq.outstanding >= sq.ring.size() {
                 return false;
             }
-            if !batch.has_room() {
+            // What was aborted needs no room.
+            let aborted = sq.is_head_aborted();
+            if !aborted && !batch.has_room() {
                 return true;
             }
+            let at = sq.ring.head();
             let command = match sq.ring.fetch(&mut guest.control) {
                 Ok(command) => command,
                 Err(OutsideMemory) => {
@@ -94,6 +97,9 @@ impl<S: MemorySource> NvmeQueues<S> {
                     return false;
                 }
             };
+            if aborted {
+                sq.aborted.retain(|entry| *entry != at);
+            }
             sq.outstanding += 1;
             let now = *now.get_or_insert_with(|| self.now());
             if self.outstanding == 0 {
@@ -103,7 +109,9 @@ impl<S: MemorySource> NvmeQueues<S> {
             *taken += 1;
             let index = self.slots.begin(id, command, now);
             tracing::trace!(target: "platter::nvme", queue = id, ?command, "start");
-            if self.is_admin() {
+            if aborted {
+                self.end(index, Status::ABORT_REQUESTED);
+            } else if self.is_admin() {
                 self.admin(index, guest);
             } else {
                 self.io(index, guest, batch);

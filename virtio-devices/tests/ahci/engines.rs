@@ -159,3 +159,73 @@ fn wait(mut until: impl FnMut() -> bool) {
         std::thread::yield_now();
     }
 }
+
+/// The host resizes while the port is busy: what is in flight ends, and IDENTIFY shows the new size.
+#[test]
+fn a_disk_is_resized_under_load() {
+    let image = image();
+    let disk = open(&image, EngineKind::IoUring)
+        .or_else(|| open(&image, EngineKind::Sync))
+        .unwrap();
+    let mut machine = crate::common::Machine::new(crate::common::Setup::default());
+    let hba = Arc::clone(&machine.hba);
+    machine.driver.stop();
+    machine.work();
+    let config = DiskConfig::of(&*disk);
+    hba.plug_disk(0, disk, config).unwrap();
+    machine.work();
+    machine.driver.set(px::SERR, u32::MAX);
+    machine.driver.start();
+    let stop = EventFd::new(EFD_NONBLOCK).unwrap();
+    let stopping = stop.try_clone().unwrap();
+    let memory = Arc::clone(&machine.memory);
+    drop(machine.worker);
+    let thread = {
+        let hba = Arc::clone(&hba);
+        std::thread::spawn(move || {
+            let doorbell = hba.doorbell(0).unwrap();
+            let mut worker = hba.port_worker(0, memory).unwrap();
+            worker.run(as_fd(&doorbell), as_fd(&stop)).unwrap();
+            worker.drain().unwrap();
+        })
+    };
+    let (done, resized) = std::sync::mpsc::channel();
+    let resizer = {
+        let hba = Arc::clone(&hba);
+        std::thread::spawn(move || {
+            for round in 1..=20u64 {
+                hba.resize_disk(0, SIZE + round * 512).unwrap();
+            }
+            done.send(()).unwrap();
+        })
+    };
+    let mut round = 0u8;
+    let started = Instant::now();
+    while resized.try_recv().is_err() {
+        assert!(started.elapsed() < Duration::from_secs(60), "resize hangs");
+        transfer(&mut machine.driver, true, round);
+        transfer(&mut machine.driver, false, round);
+        round = round.wrapping_add(1);
+    }
+    resizer.join().unwrap();
+    machine.driver.prepare(
+        0,
+        &Issue {
+            task: command(opcode::IDENTIFY_DEVICE, 0, 0),
+            data: &[(DATA, 512)],
+            ..Issue::default()
+        },
+    );
+    machine.driver.issue();
+    finish(&mut machine.driver, 1);
+    let sectors = machine.driver.take(DATA + 200, 8);
+    let expected = (SIZE + 20 * 512) / 512;
+    assert_eq!(u64::from_le_bytes(sectors.try_into().unwrap()), expected);
+    assert_eq!(hba.disk_size(0), Some(expected * 512));
+    assert!(hba.resize_disk(0, 1000).is_err());
+    assert!(hba.resize_disk(0, 0).is_err());
+    assert!(hba.resize_disk(1, SIZE).is_err(), "an empty port");
+    assert!(hba.resize_disk(99, SIZE).is_err());
+    stopping.write(1).unwrap();
+    thread.join().unwrap();
+}

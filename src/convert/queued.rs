@@ -1,4 +1,5 @@
-//! Copies as they are: several reads and writes in flight on two queues of one thread.
+//! Copies as they are, past the page cache or with an engine that was asked for: several reads and writes in
+//! flight on two queues of one thread.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,10 +16,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::{
     convert::{
         Job,
-        scan::{self, Kind, Look, Run, SECTOR, Scanned},
+        scan::{self, Kind, Run, SECTOR},
+        transfer::failed,
     },
     util::{
-        bytes, errno,
+        bytes,
         failure::{Failure, Outcome},
         interrupt,
         progress::Progress,
@@ -67,72 +69,12 @@ struct Copy<'a> {
     spare: Vec<AlignedBuf>,
 }
 
-/// The sources, for the scanner.
-fn scanned(job: &Job) -> Outcome<Vec<Scanned>> {
-    let one = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
-        Ok(Scanned {
-            disk: disk
-                .try_clone()
-                .map_err(|error| Failure::new(error.to_string()))?,
-            start: *start,
-        })
-    };
-    job.sources.iter().map(one).collect()
-}
-
-impl Job {
-    /// How the sources are looked through for a plain copy.
-    fn look_for_copy(&self) -> Look {
-        let unit = if self.salvage {
-            // What cannot be found out is told by the sector.
-            SECTOR
-        } else {
-            self.sparse.clamp(SECTOR, CHUNK).next_power_of_two()
-        };
-        self.look(unit, CHUNK)
-    }
-
-    /// Whether a run is work: what only has to be passed over is none.
-    fn is_work(&self, run: &Run) -> bool {
-        match run.kind {
-            Kind::Data => true,
-            Kind::Zero => self.sparse == 0 || !self.target_is_zero,
-            Kind::Skip => false,
-        }
-    }
-}
-
-/// The bytes to be copied, which are looked for only if progress is to be shown. QEMU looks always, and
-/// says what it cannot find out.
-pub(super) fn work(job: &Job, shown: bool) -> Outcome<u64> {
-    let tells = job.salvage && job.persona.is_qemu();
-    let mut sum = 0u64;
-    if !shown && !tells {
-        return Ok(sum);
-    }
-    let mut result = Ok(());
-    scan::run(&scanned(job)?, job.look_for_copy(), &mut |run| match run {
-        Ok(run) => {
-            if let Some(kind) = run.unknown.filter(|_| tells) {
-                job.warn("block status at offset", run.offset, kind);
-            }
-            sum += if job.is_work(&run) { run.len } else { 0 };
-            true
-        }
-        Err(failure) => {
-            result = Err(failure);
-            false
-        }
-    });
-    result.map(|()| sum)
-}
-
 /// Copies everything.
 pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
     let failed = |error: block::Error| Failure::new(error.to_string());
-    let scanned = scanned(job)?;
+    let scanned = scan::sources(job)?;
     let (to, runs) = mpsc::sync_channel(256);
-    let look = job.look_for_copy();
+    let look = job.look_for_copy(CHUNK);
     std::thread::scope(|scope| {
         scope.spawn(move || scan::run(&scanned, look, &mut |run| to.send(run).is_ok()));
         let queue = |disk: &dyn AsyncDiskFile| disk.create_async_io(QUEUE_DEPTH).map_err(failed);
@@ -474,9 +416,4 @@ impl Copy<'_> {
             Err(error) => Err(Failure::new(format!("waiting for I/O: {error}"))),
         }
     }
-}
-
-fn failed(what: &str, offset: u64, kind: ErrorKind) -> Failure {
-    let text = errno::request_text(kind);
-    Failure::new(format!("error while {what} at byte {offset}: {text}"))
 }
