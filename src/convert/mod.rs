@@ -90,7 +90,8 @@ pub(crate) struct ConvertArgs {
     /// Copy this internal snapshot (a name, an id, or snapshot.name=NAME)
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
-    /// Requests in flight, from 1 to 16; with -c threads
+    /// Chunks in hand, from 1 to 16: threads (no more than processors without -c), or requests in flight
+    /// past the page cache or with --engine
     #[arg(short = 'm', long, value_name = "N", default_value = "8")]
     parallel: u32,
     /// Let writes to the target overtake each other
