@@ -31,6 +31,13 @@ fn an_image_is_made_filled_checked_and_copied() {
             "f.qcow2",
             &["-m", "1", "-c", "-O", "qcow2", "-o", "cluster_size=4k"],
         ),
+        // By requests in flight instead of threads.
+        ("g.raw", &["--engine", "io_uring", "-O", "raw"]),
+        ("h.qcow2", &["-t", "none", "-T", "none", "-O", "qcow2"]),
+        (
+            "i.qcow2",
+            &["--engine", "io_uring", "-m", "3", "-W", "-O", "qcow2"],
+        ),
     ] {
         let mut all = vec!["convert"];
         all.extend(args);
@@ -48,6 +55,28 @@ fn an_image_is_made_filled_checked_and_copied() {
         lab.allocated("e.raw") >= 64 << 20,
         "everything was to be written"
     );
+}
+
+#[test]
+fn a_copy_lies_in_the_order_of_the_disk() {
+    let lab = Lab::new();
+    ok(lab.platter(&["create", "-q", "-f", "raw", "a.raw", "32M"]));
+    ok(lab.platter(&["io", "-f", "raw", "-c", "write -P 1 0 32M", "a.raw"]));
+    for extra in [&["-m", "16"][..], &["--engine", "io_uring"]] {
+        let mut args = vec!["convert", "-f", "raw", "-O", "qcow2"];
+        args.extend(extra);
+        args.extend(["a.raw", "b.qcow2"]);
+        ok(lab.platter(&args));
+        let map = ok(lab.platter(&["map", "--output=json", "b.qcow2"]));
+        let map: serde_json::Value = serde_json::from_str(&map).expect("JSON");
+        let offsets: Vec<u64> = map
+            .as_array()
+            .expect("runs")
+            .iter()
+            .filter_map(|run| run["offset"].as_u64())
+            .collect();
+        assert!(offsets.is_sorted() && !offsets.is_empty(), "{offsets:?}");
+    }
 }
 
 #[test]
@@ -288,7 +317,11 @@ fn an_interrupted_conversion_leaves_nothing() {
     let lab = Lab::new();
     ok(lab.platter(&["create", "-q", "-f", "raw", "a.raw", "64M"]));
     ok(lab.platter(&["io", "-f", "raw", "-c", "write -P 1 0 64M", "a.raw"]));
-    for extra in [&["-O", "qcow2"][..], &["-c", "-O", "qcow2"]] {
+    for extra in [
+        &["-O", "qcow2"][..],
+        &["-c", "-O", "qcow2"],
+        &["--engine", "io_uring", "-O", "qcow2"],
+    ] {
         let mut child = Command::new(env!("CARGO_BIN_EXE_platter"))
             .args(["convert", "-r", "4M", "-f", "raw"])
             .args(extra)
