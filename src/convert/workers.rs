@@ -16,6 +16,8 @@ use crate::{
 
 /// Runs that are found ahead of the threads.
 const AHEAD: usize = 64;
+/// Bytes by which progress is shown at least, whatever the size of a chunk.
+const STEP: u64 = 1 << 20;
 
 /// What a thread is given to copy one run with.
 pub(super) struct Hand<'a> {
@@ -144,11 +146,19 @@ pub(super) fn run(
         }
         drop(moved);
         let mut first = Ok(());
+        let mut unseen = 0;
         for result in results {
             match result {
-                Ok(bytes) => progress.advance(bytes),
+                Ok(bytes) => unseen += bytes,
                 Err(failure) => first = first.and(Err(failure)),
             }
+            if unseen >= STEP {
+                progress.advance(unseen);
+                unseen = 0;
+            }
+        }
+        if unseen > 0 {
+            progress.advance(unseen);
         }
         // The scanner may be waiting for room: what is left is for nobody.
         while lock(runs).1.recv().is_ok() {}
