@@ -80,6 +80,33 @@ fn a_copy_lies_in_the_order_of_the_disk() {
 }
 
 #[test]
+fn a_copy_that_fails_names_the_file() {
+    let lab = Lab::new();
+    ok(lab.platter(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]));
+    ok(lab.platter(&["io", "-c", "write -P 1 0 64k", "a.qcow2"]));
+    let path = lab.path("a.qcow2");
+    let mut bytes = std::fs::read(&path).expect("the image");
+    let word = |bytes: &[u8], at: usize| {
+        u64::from_be_bytes(*bytes[at..].first_chunk().expect("eight bytes"))
+    };
+    let l1 = word(&bytes, 40) as usize;
+    let l2 = (word(&bytes, l1) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes[l2 + 6] |= 2; // The data does not start at a cluster any more.
+    std::fs::write(&path, bytes).expect("the image");
+    for extra in [&["-O", "raw"][..], &["-c", "-O", "qcow2"]] {
+        let mut args = vec!["convert", "-f", "qcow2"];
+        args.extend(extra);
+        args.extend(["a.qcow2", "b"]);
+        let text = fails(1, lab.platter(&args));
+        assert!(
+            text.contains("a.qcow2") && text.contains("cluster boundary"),
+            "{text}"
+        );
+        assert!(!lab.path("b").exists());
+    }
+}
+
+#[test]
 fn an_overlay_keeps_only_what_differs() {
     let lab = Lab::new();
     ok(lab.platter(&["create", "-q", "-f", "qcow2", "base.qcow2", "8M"]));

@@ -6,7 +6,6 @@ use crate::{
     convert::{
         Job,
         scan::{Kind, Run, Scanned},
-        transfer::failed,
         workers,
     },
     util::{bytes, failure::Outcome, progress::Progress},
@@ -75,7 +74,7 @@ fn write(job: &Job, buf: &[u8], offset: u64) -> Outcome<()> {
     }
     job.target
         .write_compressed(buf, offset)
-        .map_err(|error| failed("writing", offset, error.kind()))
+        .map_err(|error| job.failure("writing", offset, &error))
 }
 
 fn one(job: &Job, source: &dyn DiskFile, run: &Run, buf: &mut [u8]) -> Outcome<()> {

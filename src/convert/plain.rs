@@ -5,7 +5,6 @@ use crate::{
     convert::{
         Job,
         scan::{Kind, Run},
-        transfer::failed,
         workers::{self, Hand},
     },
     util::{bytes, failure::Outcome, progress::Progress},
@@ -88,5 +87,5 @@ fn write_zero_bytes(job: &Job, run: &Run, buf: &mut [u8]) -> Outcome<()> {
 fn write_data(job: &Job, offset: u64, data: &[u8]) -> Outcome<()> {
     job.target
         .write_at(data, offset)
-        .map_err(|error| failed("writing", offset, error.kind()))
+        .map_err(|error| job.failure("writing", offset, &error))
 }

@@ -1,6 +1,6 @@
 //! One read or write of a copying thread, with what is said when it fails.
 
-use block::{DiskFile, ErrorKind};
+use block::{DiskFile, Error, ErrorKind};
 
 use crate::{
     convert::{Job, scan::SECTOR},
@@ -21,7 +21,7 @@ impl Job {
             return Ok(lost);
         };
         if !self.salvage {
-            return Err(failed("reading", offset, error.kind()));
+            return Err(self.failure("reading", offset, &error));
         }
         for (sector, buf) in buf.chunks_mut(SECTOR as usize).enumerate() {
             let at = offset + sector as u64 * SECTOR;
@@ -47,7 +47,15 @@ impl Job {
         }
         self.target
             .write_zeroes(offset, len, true)
-            .map_err(|error| failed("writing", offset, error.kind()))
+            .map_err(|error| self.failure("writing", offset, &error))
+    }
+
+    /// What is said when a call failed: QEMU names the errno alone, Platter the file and what was wrong in it.
+    pub(super) fn failure(&self, what: &str, offset: u64, error: &Error) -> Failure {
+        if self.persona.is_qemu() {
+            return failed(what, offset, error.kind());
+        }
+        Failure::new(format!("error while {what} at byte {offset}: {error}"))
     }
 }
 
