@@ -38,7 +38,7 @@ main() {
 
     # Two parts, each prepared anew only when what it is made from changes.
     local packages guest
-    packages=$(sha256sum "$here/setup.sh" "$here/debian.sh" | sha256sum | cut -c1-16)
+    packages=$(cat "$here/setup.sh" "$here/debian.sh" | sha256sum | cut -c1-16)
     guest=$(cat "$here"/guest/* | sha256sum | cut -c1-16)
     if [ "$(cat "$lab/packages.stamp" 2> /dev/null)" != "$packages" ]; then
         local machine
