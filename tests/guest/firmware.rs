@@ -120,11 +120,11 @@ fn seabios_starts_from_nvme() {
 
 /// What OVMF's shell runs: Linux, with its first file system from the same disk.
 const STARTUP: &str =
-    "linux.efi initrd=\\initrd modules=ahci,sd_mod console=ttyS0 panic=-1 reboot=t\r\n";
+    "linux.efi initrd=\\initrd modules=ahci,sd_mod,sr_mod console=ttyS0 panic=-1 reboot=t\r\n";
 
-/// A disk with a FAT file system on which OVMF finds Linux.
+/// A disk, in the given format, with a FAT file system on which OVMF finds Linux.
 #[track_caller]
-fn with_linux(workplace: &Workplace) -> PathBuf {
+pub(crate) fn with_linux(workplace: &Workplace, format: &str) -> PathBuf {
     let folder = workplace.file("fat");
     fs::create_dir(&folder).expect("a folder");
     let guest = lab().join("guest");
@@ -135,9 +135,9 @@ fn with_linux(workplace: &Workplace) -> PathBuf {
     fs::write(folder.join("startup.nsh"), STARTUP).expect("a script");
     let source =
         json!({"driver": "raw", "file": {"driver": "vvfat", "dir": folder, "fat-type": 16}});
-    let image = workplace.file("linux.qcow2");
+    let image = workplace.file("linux");
     run(tool("qemu-img")
-        .args(["convert", &format!("json:{source}"), "-O", "qcow2"])
+        .args(["convert", &format!("json:{source}"), "-O", format])
         .arg(&image));
     image
 }
@@ -181,7 +181,7 @@ pub(crate) fn starts_with_ovmf(workplace: &Workplace, socket: &Path, found: &str
 #[test]
 fn ovmf_starts_linux_from_nvme() {
     let workplace = Workplace::new();
-    let image = with_linux(&workplace);
+    let image = with_linux(&workplace, "qcow2");
     let namespace = format!("{},format=qcow2", image.display());
     let arguments = ["--namespace", &namespace];
     let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
@@ -193,7 +193,7 @@ fn ovmf_starts_linux_from_nvme() {
 #[test]
 fn ovmf_starts_linux_from_ahci() {
     let workplace = Workplace::new();
-    let image = with_linux(&workplace);
+    let image = with_linux(&workplace, "qcow2");
     let disk = format!("{},format=qcow2", image.display());
     let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--disk", &disk]);
     starts_with_ovmf(&workplace, server.socket(0), "sda: sda1");

@@ -1,4 +1,5 @@
 //! The virtual machine: boots QEMU, talks to the agent in the guest and to QEMU's monitor.
+#![allow(dead_code, reason = "each program uses its part of this module")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -28,6 +29,8 @@ pub(crate) struct Builder {
     functions: Vec<PathBuf>,
     modules: Vec<String>,
     root: Option<String>,
+    fio: bool,
+    more: Vec<String>,
 }
 
 impl Builder {
@@ -58,6 +61,21 @@ impl Builder {
     /// The guest runs from the ext4 file system on this device instead of from memory.
     pub(crate) fn root(mut self, device: &str) -> Self {
         self.root = Some(device.to_owned());
+        self
+    }
+
+    /// The guest has fio, whose libraries are more than everything else in it.
+    pub(crate) fn fio(mut self) -> Self {
+        self.fio = true;
+        self
+    }
+
+    /// Adds arguments for QEMU, such as devices of its own.
+    pub(crate) fn arguments<S: Into<String>>(
+        mut self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.more.extend(arguments.into_iter().map(Into::into));
         self
     }
 
@@ -156,7 +174,11 @@ impl Guest {
             .arg("-kernel")
             .arg(guest.join("vmlinux"))
             .arg("-initrd")
-            .arg(guest.join("initramfs.cpio"))
+            .arg(guest.join(if builder.fio {
+                "initramfs-fio.cpio"
+            } else {
+                "initramfs.cpio"
+            }))
             .args(["-append", &command_line]);
         for (index, (socket, reconnects)) in builder.disks.iter().enumerate() {
             let reconnect = if *reconnects { ",reconnect-ms=50" } else { "" };
@@ -182,6 +204,7 @@ impl Guest {
                 slot_address(slot)
             ));
         }
+        command.args(&builder.more);
         command
     }
 
@@ -378,9 +401,9 @@ impl Guest {
         }
     }
 
-    /// Gives a command to QEMU's monitor.
+    /// Gives a command to QEMU's monitor; gives its answer.
     #[track_caller]
-    fn monitor(&mut self, command: &str, arguments: &Value) -> Value {
+    pub(crate) fn monitor(&mut self, command: &str, arguments: &Value) -> Value {
         let message = json!({"execute": command, "arguments": arguments});
         self.monitor
             .stream

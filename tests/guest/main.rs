@@ -11,6 +11,8 @@
 mod lab;
 
 mod file_system;
+mod function;
+mod load;
 mod machine;
 mod shared;
 
@@ -21,3 +23,4 @@ mod integrity;
 mod nvme;
 mod restart;
 mod root_image;
+mod storage;

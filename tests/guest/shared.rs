@@ -45,7 +45,7 @@ impl SharedGuest {
 fn boot() -> Guest {
     let (sender, receiver) = channel();
     thread::spawn(move || {
-        if sender.send(Guest::builder().boot()).is_ok() {
+        if sender.send(Guest::builder().fio().boot()).is_ok() {
             loop {
                 thread::park();
             }

@@ -3,7 +3,7 @@
 //!
 //! A missing lab fails a test; nothing is ever skipped. With `PLATTER_LAB_SERVER` set to
 //! `qemu-storage-daemon`, that daemon takes the place of `platter serve`: if a test fails with both,
-//! the test is wrong.
+//! the test is wrong. With `PLATTER_LAB_PROGRAM` set to a path, that is the program under test.
 #![allow(dead_code, reason = "each test program uses its part of this module")]
 
 use std::ffi::OsStr;
@@ -45,9 +45,12 @@ pub(crate) fn tool(name: &str) -> Command {
     Command::new(path)
 }
 
-/// A command that runs the program under test.
+/// A command that runs the program under test: that of this build, unless another one is named.
 pub(crate) fn platter() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_platter"))
+    Command::new(
+        std::env::var_os("PLATTER_LAB_PROGRAM")
+            .unwrap_or_else(|| env!("CARGO_BIN_EXE_platter").into()),
+    )
 }
 
 /// Runs a command to its end and gives its standard output; any failure ends the test.

@@ -9,7 +9,7 @@
 #
 #   .cache/lab/bin/          QEMU (with vhost-user and vfio-user devices) and the tools of ext4 and XFS
 #   .cache/lab/reference/    qemu-img, qemu-io, qemu-nbd and qemu-storage-daemon of the release that the iotests belong to
-#   .cache/lab/guest/        the guest: vmlinux and initramfs.cpio
+#   .cache/lab/guest/        the guest: vmlinux, initramfs.cpio, and initramfs-fio.cpio, which has fio besides
 #   .cache/lab/kernel/       all of that kernel's package; its modules are in lib/modules
 set -Eeuo pipefail
 trap 'echo "lab: error: line $LINENO: $BASH_COMMAND" >&2' ERR
@@ -27,7 +27,7 @@ newer=$suite-backports
 qemu_programs="qemu-system-x86_64 qemu-img qemu-io qemu-nbd qemu-storage-daemon"
 disk_programs="mke2fs e2fsck debugfs dumpe2fs mkfs.xfs xfs_repair xfs_db"
 # What goes into the guest: of these, and tools of its drivers; and the kernel modules that the guest may need.
-guest_programs="mke2fs e2fsck mkfs.xfs xfs_repair nvme hdparm smartctl sg_inq sg_readcap sg_turs sg_sat_identify sg_requests sg_start sg_verify sg_unmap sg_write_same"
+guest_programs="mke2fs e2fsck mkfs.xfs xfs_repair nvme hdparm smartctl sg_inq sg_readcap sg_turs sg_sat_identify sg_requests sg_start sg_verify sg_vpd sg_modes sg_sync"
 guest_modules="virtio_blk xfs nvme ahci sd_mod sr_mod sg isofs"
 
 main() {
@@ -38,7 +38,7 @@ main() {
 
     # Two parts, each prepared anew only when what it is made from changes.
     local packages guest
-    packages=$(sha256sum "$here/setup.sh" "$here/debian.sh" | sha256sum | cut -c1-16)
+    packages=$(cat "$here/setup.sh" "$here/debian.sh" | sha256sum | cut -c1-16)
     guest=$(cat "$here"/guest/* | sha256sum | cut -c1-16)
     if [ "$(cat "$lab/packages.stamp" 2> /dev/null)" != "$packages" ]; then
         local machine
@@ -66,13 +66,13 @@ main() {
 
 # fetch FOLDER : downloads the packages
 fetch() {
-    say "fetching packages of $suite and $newer (about 90 MB)"
+    say "fetching packages of $suite and $newer (about 120 MB)"
     local apt=$1/apt kernel
     debian_apt_init "$apt" deb "$suite" "$newer"
     # With everything they depend on, recommendations left out.
     retry debian_apt get install -qq -y --download-only --no-install-recommends -t "$newer" \
         qemu-system-x86 qemu-utils libblkio1 e2fsprogs liburcu8t64 libinih1 libblkid1 libedit2 cpio kmod zstd xz-utils \
-        nvme-cli sg3-utils \
+        nvme-cli sg3-utils fio \
         > "$apt/log" 2>&1 || die "apt could not fetch QEMU: $(tail -5 "$apt/log")"
     # Without: they would pull in an interpreter, every network protocol, or a boot loader.
     kernel=$(debian_apt cache depends "linux-image-cloud-amd64/$suite" | awk '$1 == "Depends:" && $2 ~ /^linux-image/ && !seen++ { print $2 }')
@@ -153,7 +153,7 @@ in_root() {
 # build_guest : makes guest/ from the unpacked packages and from the files in the folder guest/ beside this script
 build_guest() {
     say "building the guest"
-    local guest=$lab/guest release root lib program library module
+    local guest=$lab/guest release root lib program module
     lib=$lab/root/usr/lib/x86_64-linux-gnu
     rm -rf "$guest"
     mkdir -p "$guest"
@@ -171,15 +171,7 @@ build_guest() {
     cp "$here/guest/init" "$root/init"
     cp "$here/guest/agent" "$root/bin/agent"
     for program in $guest_programs; do
-        local path=$lab/root/usr/sbin/$program
-        [ -e "$path" ] || path=$lab/root/usr/bin/$program
-        [ -e "$path" ] || die "the packages hold no program $program for the guest"
-        cp "$path" "$root/usr/sbin/$program"
-        "$lib/ld-linux-x86-64.so.2" --library-path "$lib" --list "$path" | awk '$2 == "=>" && $1 !~ "/" { print $1, $3 }' |
-            while read -r name library; do
-                case $library in /*) ;; *) die "$program needs $name, which was not fetched" ;; esac
-                install -D "$library" "$root/lib/x86_64-linux-gnu/$name"
-            done
+        guest_program "$root" "$program"
     done
     install -D "$lib/ld-linux-x86-64.so.2" "$root/lib64/ld-linux-x86-64.so.2"
     for module in $guest_modules; do
@@ -195,8 +187,31 @@ build_guest() {
     done
     cp "$lab/kernel/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "$root/lib/modules/$release/"
     in_root depmod -b "$root" "$release"
-    (cd "$root" && find . | LC_ALL=C sort | in_root cpio --quiet -o -H newc) > "$guest/initramfs.cpio"
-    rm -rf "$root"
+    archive "$root" > "$guest/initramfs.cpio"
+    # fio links with the clients of every network file system, 60 MB: most guests do without. The kernel unpacks
+    # archives one after the other.
+    mkdir "$guest/fio"
+    guest_program "$guest/fio" fio
+    { cat "$guest/initramfs.cpio"; archive "$guest/fio"; } > "$guest/initramfs-fio.cpio"
+    rm -rf "$root" "$guest/fio"
+}
+
+# guest_program FOLDER PROGRAM : copies a program of the unpacked root and its libraries to where a guest has them
+guest_program() {
+    local into=$1 program=$2 path=$lab/root/usr/sbin/$2 lib=$lab/root/usr/lib/x86_64-linux-gnu name library
+    [ -e "$path" ] || path=$lab/root/usr/bin/$program
+    [ -e "$path" ] || die "the packages hold no program $program for the guest"
+    install -D "$path" "$into/usr/sbin/$program"
+    "$lib/ld-linux-x86-64.so.2" --library-path "$lib:$lib/ceph" --list "$path" | awk '$2 == "=>" && $1 !~ "/" { print $1, $3 }' |
+        while read -r name library; do
+            case $library in /*) ;; *) die "$program needs $name, which was not fetched" ;; esac
+            install -D "$library" "$into/lib/x86_64-linux-gnu/$name"
+        done
+}
+
+# archive FOLDER : the folder as an archive for the kernel, on standard output
+archive() {
+    (cd "$1" && find . | LC_ALL=C sort | in_root cpio --quiet -o -H newc)
 }
 
 # kernel_image BZIMAGE VMLINUX : takes the kernel proper out of its self-extracting wrapping, which emulation would

@@ -1,15 +1,17 @@
-//! SeaBIOS starts what it finds on a disk and on a medium behind the adapter.
+//! Firmware starts what it finds on a disk and on a medium behind the adapter.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
 
+use crate::firmware::{starts_with_ovmf, with_linux};
 use crate::lab::function::FunctionServer;
 use crate::lab::{Process, Workplace, tool};
 
-use super::iso::iso;
+use super::iso::{Boot, write_iso};
 
 /// A boot sector: writes `word` to the debug console (port 402h), and ends the machine through port F4h.
 fn boot_sector(word: &[u8]) -> Vec<u8> {
@@ -72,10 +74,51 @@ fn ahci_firmware_starts_from_a_medium() {
     let workplace = Workplace::new();
     let medium = workplace.file("boot.iso");
     let boot = boot_sector(b"\nstarted from disc\n");
-    fs::write(&medium, iso("BOOT", b"nothing", Some(&boot))).expect("the image");
+    write_iso(&medium, "BOOT", b"nothing", Some(Boot::Bios(&boot)));
     let medium = medium.to_str().expect("plain text").to_owned();
     let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--cdrom", &medium]);
     let console = console_of(&workplace, server.socket(0));
     assert!(console.contains("started from disc"), "{console}");
+    server.stop();
+}
+
+/// The first partition of a disk, up to where it has zeroes only, and its size in bytes.
+fn first_partition(disk: &Path) -> (Vec<u8>, u64) {
+    const PIECE: usize = 1 << 20;
+    let disk = File::open(disk).expect("the disk");
+    let mut entry = [0; 8];
+    // The partition table's first entry is at 446; its start and its length, in sectors, at 8.
+    disk.read_exact_at(&mut entry, 446 + 8)
+        .expect("a partition table");
+    let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| entry[at + byte]));
+    let (start, size) = (u64::from(number(0)) * 512, u64::from(number(4)) * 512);
+    let mut bytes = Vec::new();
+    for place in (0..size).step_by(PIECE) {
+        let mut piece = vec![0; PIECE.min((size - place) as usize)];
+        disk.read_exact_at(&mut piece, start + place)
+            .expect("the partition");
+        if piece.iter().any(|&byte| byte != 0) {
+            bytes.resize(place as usize, 0);
+            bytes.append(&mut piece);
+        }
+    }
+    (bytes, size)
+}
+
+/// OVMF's drivers of AHCI, packet devices and El Torito find a FAT file system on the medium, and read Linux from it.
+#[test]
+fn ovmf_starts_linux_from_a_medium() {
+    let workplace = Workplace::new();
+    let disk = with_linux(&workplace, "raw");
+    let (bytes, size) = first_partition(&disk);
+    let medium = workplace.file("linux.iso");
+    let boot = Boot::Uefi {
+        bytes: &bytes,
+        size,
+    };
+    write_iso(&medium, "LINUX", b"nothing", Some(boot));
+    let medium = medium.to_str().expect("plain text").to_owned();
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--cdrom", &medium]);
+    starts_with_ovmf(&workplace, server.socket(0), "[sr0] scsi3-mmc drive");
     server.stop();
 }

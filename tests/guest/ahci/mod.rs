@@ -1,9 +1,9 @@
 //! Linux's ahci driver, its disks and its optical drives, on an adapter that `platter serve ahci` serves over vfio-user.
 
+mod disks;
 mod firmware;
 mod iso;
 mod optical;
-mod storage;
 
 use std::path::Path;
 

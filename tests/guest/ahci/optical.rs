@@ -1,12 +1,10 @@
 //! The optical drive: a medium is mounted, ejected by the guest, and changed by the host.
 
-use std::fs;
-
 use crate::lab::Workplace;
 use crate::lab::function::{FunctionServer, ctl};
 use crate::shared::SharedGuest;
 
-use super::{Adapter, iso::iso};
+use super::{Adapter, iso::write_iso};
 
 /// Bytes that no two media have in common.
 fn content(seed: u8) -> Vec<u8> {
@@ -20,7 +18,7 @@ fn ahci_media_are_mounted_ejected_and_changed() {
     let workplace = Workplace::new();
     let media = [1, 2].map(|seed| {
         let path = workplace.file(&format!("{seed}.iso"));
-        fs::write(&path, iso("MEDIUM", &content(seed), None)).expect("an image");
+        write_iso(&path, "MEDIUM", &content(seed), None);
         path
     });
     let control = workplace.socket("control");

@@ -1,94 +1,13 @@
-//! What happens to a controller while the guest uses it: resets, unbinding, namespaces that come, grow and go.
+//! What happens to a controller while the guest uses it: namespaces that come, grow and go, and a reset button.
 
-use crate::lab::Workplace;
+use crate::function::Kind;
 use crate::lab::function::{FunctionServer, ctl};
+use crate::lab::{Workplace, check_image};
+use crate::load;
+use crate::machine::Guest;
 use crate::shared::SharedGuest;
 
-use super::{Controller, serve};
-
-/// Four processes that write, read back and compare, each its own region, until /tmp/stop is there. The page cache
-/// is out of the way: what is compared was on the disk.
-const START_LOAD: &str = "
-rm -f /tmp/stop /tmp/bad /tmp/rounds.*
-for region in 0 1 2 3; do
-    (
-        round=0
-        while [ ! -e /tmp/stop ]; do
-            dd if=/dev/urandom of=/tmp/w.$region bs=64k count=8 2> /dev/null
-            dd if=/tmp/w.$region of=DEVICE bs=64k seek=$((region * 64 + round % 56)) oflag=direct conv=notrunc 2> /tmp/e.$region &&
-                dd if=DEVICE of=/tmp/r.$region bs=64k skip=$((region * 64 + round % 56)) count=8 iflag=direct 2> /tmp/e.$region &&
-                cmp /tmp/w.$region /tmp/r.$region || cat /tmp/e.$region >> /tmp/bad
-            round=$((round + 1))
-            echo $round > /tmp/rounds.$region
-        done
-    ) &
-done > /dev/null 2>&1
-";
-
-const STOP_LOAD: &str = "
-touch /tmp/stop
-wait
-while pidof dd > /dev/null; do sleep 0.1; done
-for region in 0 1 2 3; do [ \"$(cat /tmp/rounds.$region)\" -gt 0 ]; done
-[ ! -s /tmp/bad ] || cat /tmp/bad
-";
-
-#[test]
-fn nvme_resets_under_load_lose_nothing() {
-    let workplace = Workplace::new();
-    let image = workplace.create("disk", "qcow2", "64M");
-    let mut server = serve(&workplace, &image, "qcow2");
-    let mut guest = SharedGuest::get(1);
-    let controller = Controller::plug(&mut guest, server.socket(0));
-    let device = controller.namespace(&mut guest, 1);
-    guest.ok(&START_LOAD.replace("DEVICE", &device));
-    for round in 1..=5 {
-        // Every writer gets on between two resets.
-        guest.wait_for("cat /tmp/rounds.0 /tmp/rounds.1 /tmp/rounds.2 /tmp/rounds.3");
-        guest.ok("rm /tmp/rounds.*");
-        let name = &controller.name;
-        guest.ok(&format!(
-            "echo 1 > /sys/class/nvme/{name}/reset_controller; [ $(cat /sys/class/nvme/{name}/state) = live ] || exit {round}"
-        ));
-    }
-    guest.wait_for("cat /tmp/rounds.0 /tmp/rounds.1 /tmp/rounds.2 /tmp/rounds.3");
-    let bad = guest.ok(STOP_LOAD);
-    assert_eq!(bad, "", "what was read is not what was written");
-    controller.remove(&mut guest);
-    guest.done();
-    server.stop();
-    crate::lab::check_image(&image, "qcow2");
-}
-
-#[test]
-fn nvme_driver_lets_go_and_takes_again() {
-    let workplace = Workplace::new();
-    let image = workplace.create("disk", "raw", "64M");
-    let mut server = serve(&workplace, &image, "raw");
-    let mut guest = SharedGuest::get(1);
-    let mut controller = Controller::plug(&mut guest, server.socket(0));
-    for round in 0..3 {
-        let device = controller.namespace(&mut guest, 1);
-        guest.ok(&format!(
-            "dd if=/dev/urandom of=/tmp/w bs=1M count=4 2> /dev/null
-            dd if=/tmp/w of={device} bs=1M seek={} conv=fsync 2> /dev/null
-            echo {pci} > /sys/bus/pci/drivers/nvme/unbind
-            [ ! -e {device} ]
-            echo {pci} > /sys/bus/pci/drivers/nvme/bind",
-            round * 4,
-            pci = controller.pci,
-        ));
-        controller = Controller::find(&mut guest, controller.pci);
-        let device = controller.namespace(&mut guest, 1);
-        guest.ok(&format!(
-            "dd if={device} bs=1M skip={} count=4 2> /dev/null | cmp - /tmp/w",
-            round * 4
-        ));
-    }
-    controller.remove(&mut guest);
-    guest.done();
-    server.stop();
-}
+use super::Controller;
 
 #[test]
 fn nvme_namespaces_come_grow_and_go() {
@@ -107,7 +26,7 @@ fn nvme_namespaces_come_grow_and_go() {
     let mut guest = SharedGuest::get(1);
     let controller = Controller::plug(&mut guest, server.socket(0));
     let device = controller.namespace(&mut guest, 1);
-    guest.ok(&START_LOAD.replace("DEVICE", &device));
+    load::start(&mut guest, &device);
 
     // Another one, used, taken away and given again.
     let add = format!("namespace={},format=raw,lba=4096", second.display());
@@ -144,11 +63,7 @@ fn nvme_namespaces_come_grow_and_go() {
         dd if={device} bs=1M skip=44 2> /dev/null | cmp - /tmp/w
         dd if={other} bs=1M skip=36 2> /dev/null | cmp - /tmp/w"
     ));
-    assert_eq!(
-        guest.ok(STOP_LOAD),
-        "",
-        "what was read is not what was written"
-    );
+    load::stop(&mut guest);
 
     let counters = ctl(&control, &["counters"]);
     let written: u64 = counters["controllers"][0]["workers"]
@@ -164,5 +79,37 @@ fn nvme_namespaces_come_grow_and_go() {
     controller.remove(&mut guest);
     guest.done();
     server.stop();
-    crate::lab::check_image(&first, "qcow2");
+    check_image(&first, "qcow2");
+}
+
+/// A controller that is there when the guest starts survives a hard reset, and so does what a flush covered.
+#[test]
+fn nvme_survives_a_reset_of_the_machine() {
+    let workplace = Workplace::new();
+    let image = workplace.create("disk", "qcow2", "128M");
+    let mut server = Kind::Nvme.serve(&workplace, &image, "qcow2");
+    let mut guest = Guest::builder()
+        .module("nvme")
+        .function(server.socket(0))
+        .boot();
+    let find = "basename $(dirname $(dirname $(ls -d /sys/bus/pci/devices/*/nvme/nvme0)))";
+    let address = guest.wait_for(find);
+    let controller = Controller::find(&mut guest, address);
+    let device = controller.namespace(&mut guest, 1);
+    let sum = guest.ok(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count=16 2> /dev/null
+        dd if=/tmp/data of={device} bs=1M seek=5 conv=fsync 2> /dev/null
+        sha256sum < /tmp/data
+        (dd if=/dev/urandom of={device} bs=64k seek=1000 count=200 oflag=direct 2> /dev/null &)"
+    ));
+    guest.reset();
+    let controller = Controller::find(&mut guest, controller.pci);
+    let device = controller.namespace(&mut guest, 1);
+    let again = guest.ok(&format!(
+        "dd if={device} bs=1M skip=5 count=16 2> /dev/null | sha256sum"
+    ));
+    assert_eq!(again, sum);
+    guest.finish();
+    server.stop();
+    check_image(&image, "qcow2");
 }

@@ -2,12 +2,9 @@
 
 mod commands;
 mod live;
-mod storage;
 
 use std::path::Path;
 
-use crate::lab::Workplace;
-use crate::lab::function::FunctionServer;
 use crate::machine::Guest;
 
 /// A controller as the guest has it.
@@ -64,11 +61,4 @@ impl Controller {
             self.pci
         ));
     }
-}
-
-/// Serves one image as the only namespace.
-#[track_caller]
-fn serve(workplace: &Workplace, image: &Path, format: &str) -> FunctionServer {
-    let namespace = format!("{},format={format}", image.display());
-    FunctionServer::start(workplace, "nvme", "nvme", &["--namespace", &namespace])
 }

@@ -1,74 +1,11 @@
-//! Disks: file systems, what tools read of them, and a driver that comes and goes under load.
+//! What only ATA disks have: the tools that read them, ports that are plugged and unplugged, a size seen by a scan.
 
-use crate::file_system::{FileSystem, manifest, manifest_command};
 use crate::lab::function::{FunctionServer, ctl};
 use crate::lab::{Workplace, check_image};
+use crate::load;
 use crate::shared::SharedGuest;
 
 use super::Adapter;
-
-/// Several processes write files of many sizes; some are overwritten in parts, some deleted.
-const WRITERS: &str = "
-for name in a b c; do
-    (
-        mkdir /mnt/$name
-        for n in 1 2 3 4 5 6; do
-            dd if=/dev/urandom of=/mnt/$name/$n bs=4k count=$((n * n * 4)) 2> /dev/null
-            dd if=/dev/urandom of=/mnt/$name/$n bs=512 seek=$n count=3 conv=notrunc,fsync 2> /dev/null
-        done
-        rm /mnt/$name/3
-    ) &
-done
-wait
-";
-
-fn file_system_on(format: &str) {
-    let workplace = Workplace::new();
-    let image = workplace.create("disk", format, "256M");
-    let disk = format!("{},format={format}", image.display());
-    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--disk", &disk]);
-    let mut guest = SharedGuest::get(1);
-    let adapter = Adapter::plug(&mut guest, server.socket(0));
-    let device = adapter.drive(&mut guest, 0);
-    let name = device.trim_start_matches("/dev/");
-    // Commands are queued, and a message is the interrupt.
-    let depth = guest.ok(&format!("cat /sys/block/{name}/device/queue_depth"));
-    assert!(matches!(depth.trim(), "31" | "32"), "{depth}");
-    let messages = guest.ok(&format!("ls /sys/bus/pci/devices/{}/msi_irqs", adapter.pci));
-    assert_eq!(messages.split_whitespace().count(), 1, "{messages}");
-
-    let kind = FileSystem::Ext4;
-    guest.ok(&kind.make(&device));
-    guest.ok(&kind.mount(&device, "/mnt"));
-    guest.ok(WRITERS);
-    guest.ok("sync; fstrim /mnt");
-    let expected = guest.ok(&manifest_command("/mnt"));
-    guest.ok("umount /mnt");
-    guest.ok(&kind.check(&device));
-    guest.ok("echo 3 > /proc/sys/vm/drop_caches");
-    guest.ok(&kind.mount(&device, "/mnt"));
-    assert_eq!(guest.ok(&manifest_command("/mnt")), expected);
-    guest.ok("umount /mnt");
-    adapter.remove(&mut guest);
-    guest.done();
-    server.stop();
-
-    check_image(&image, format);
-    let raw = workplace.as_raw(&image, format);
-    let files = workplace.file("files");
-    kind.read_out(&raw, &expected, &files);
-    assert_eq!(manifest(&files), expected);
-}
-
-#[test]
-fn ahci_ext4_on_raw() {
-    file_system_on("raw");
-}
-
-#[test]
-fn ahci_ext4_on_qcow2() {
-    file_system_on("qcow2");
-}
 
 /// hdparm, smartctl and the tools of sg3-utils find what the command line said, and nothing to complain of.
 #[test]
@@ -119,8 +56,26 @@ fn ahci_tools_read_the_drive() {
         &guest.ok(&format!("sg_readcap -l {device}")),
         &["131072", "Logical blocks per physical block exponent=3"],
     );
+    find(
+        &guest.ok(&format!("sg_vpd --page=ai {device}")),
+        &["Some disk", "SERIAL-17"],
+    );
+    find(
+        &guest.ok(&format!("sg_modes --page=8 {device}")),
+        &["Caching"],
+    );
     guest.ok(&format!(
-        "sg_turs {device} && sg_verify --lba=0 --count=128 {device}"
+        "sg_turs {device} && sg_requests {device} && sg_sync {device} &&
+        sg_verify --lba=0 --count=128 {device}"
+    ));
+    // What is trimmed reads as zeroes, and nothing else does.
+    guest.ok(&format!(
+        "dd if=/dev/urandom of=/tmp/w bs=1M count=4 2> /dev/null
+        dd if=/tmp/w of={device} bs=1M conv=fsync 2> /dev/null
+        hdparm --please-destroy-my-drive --trim-sector-ranges 2048:2048 {device}
+        dd if=/dev/zero of=/tmp/w bs=1M seek=1 count=1 conv=notrunc 2> /dev/null
+        dd if={device} bs=1M count=4 iflag=direct 2> /dev/null | cmp - /tmp/w
+        hdparm -F {device}"
     ));
     // The write cache is switched, the head is parked, the drive sleeps and wakes up.
     guest.ok(&format!(
@@ -134,40 +89,46 @@ fn ahci_tools_read_the_drive() {
     server.stop();
 }
 
-/// The driver lets go of the adapter while it is busy, and takes it again; nothing that was synced is lost.
+/// A disk comes into a free port while another one is busy, goes, and comes back with the same bytes.
 #[test]
-fn ahci_driver_comes_and_goes_under_load() {
+fn ahci_disks_come_and_go() {
     let workplace = Workplace::new();
-    let image = workplace.create("disk", "qcow2", "128M");
-    let disk = format!("{},format=qcow2", image.display());
-    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--disk", &disk]);
+    let first = workplace.create("first", "qcow2", "32M");
+    let second = workplace.create("second", "raw", "32M");
+    let control = workplace.socket("control");
+    let disk = format!("{},format=qcow2", first.display());
+    let arguments = [
+        "--disk",
+        &disk,
+        "--control",
+        control.to_str().expect("plain text"),
+    ];
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &arguments);
     let mut guest = SharedGuest::get(1);
     let adapter = Adapter::plug(&mut guest, server.socket(0));
-    let mut device = adapter.drive(&mut guest, 0);
-    let sum = guest.ok(&format!(
-        "dd if=/dev/urandom of=/tmp/data bs=1M count=8 2> /dev/null
-        dd if=/tmp/data of={device} bs=1M seek=5 conv=fsync 2> /dev/null
-        sha256sum < /tmp/data"
+    let device = adapter.drive(&mut guest, 0);
+    load::start(&mut guest, &device);
+    let disk = format!("disk={},format=raw", second.display());
+    ctl(&control, &["plug-disk", "port=1", &disk]);
+    let other = adapter.drive(&mut guest, 1);
+    guest.ok(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count=4 2> /dev/null
+        dd if=/tmp/data of={other} bs=1M seek=28 conv=fsync 2> /dev/null"
     ));
-    for _ in 0..3 {
-        guest.ok(&format!(
-            "(dd if=/dev/urandom of={device} bs=64k seek=1000 count=400 oflag=direct > /dev/null 2>&1 &)
-            (while dd if={device} of=/dev/null bs=256k count=64 iflag=direct > /dev/null 2>&1; do :; done &)
-            usleep 100000
-            echo {pci} > /sys/bus/pci/drivers/ahci/unbind
-            echo {pci} > /sys/bus/pci/drivers/ahci/bind",
-            pci = adapter.pci
-        ));
-        device = adapter.drive(&mut guest, 0);
-        let again = guest.ok(&format!(
-            "dd if={device} bs=1M skip=5 count=8 2> /dev/null | sha256sum"
-        ));
-        assert_eq!(again, sum);
-    }
+    ctl(&control, &["unplug", "port=1"]);
+    guest.wait_for(&format!("[ ! -e {other} ]"));
+    guest.ok("dmesg -c > /dev/null"); // a link that breaks is an exception
+    ctl(&control, &["plug-disk", "port=1", &disk]);
+    let other = adapter.drive(&mut guest, 1);
+    guest.ok(&format!(
+        "dd if={other} bs=1M skip=28 2> /dev/null | cmp - /tmp/data"
+    ));
+    load::stop(&mut guest);
+    guest.ok("dmesg -c > /dev/null"); // and so is one that is new
     adapter.remove(&mut guest);
     guest.done();
     server.stop();
-    check_image(&image, "qcow2");
+    check_image(&first, "qcow2");
 }
 
 /// The host resizes the disk while the guest reads it; the guest sees that when it looks for the disk again.
