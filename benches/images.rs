@@ -3,17 +3,14 @@
 //! `cargo bench -p platter-benches --bench images -- --help` says how to run it.
 
 use std::{
-    fs::{self, File},
-    io::{Read as _, Write as _},
     path::{Path, PathBuf},
-    process::Command,
+    process,
     time::Duration,
 };
 
 use platter_benches::{
     Result,
-    command::Program,
-    load::Random,
+    maintenance::{COMMANDS, Images},
     report::{Contest, Plan, Row, Spread, compare},
 };
 
@@ -80,138 +77,8 @@ fn options() -> Result<Option<Options>> {
         let path = options.platter.display();
         return Err(format!("{path} does not exist: cargo build --release makes it").into());
     }
-    options.platter = options.platter.canonicalize()?;
     Ok(Some(options))
 }
-
-/// The images, gone when dropped, and the two programs.
-struct Lab {
-    dir: tempfile::TempDir,
-    ours: PathBuf,
-    peer: PathBuf,
-}
-
-impl Lab {
-    fn new(options: &Options) -> Result<Self> {
-        let dir = tempfile::tempdir_in(&options.dir)?;
-        let ours = dir.path().join("qemu-img");
-        std::os::unix::fs::symlink(&options.platter, &ours)?;
-        let lab = Self {
-            dir,
-            ours,
-            peer: options.peer.clone(),
-        };
-        lab.fill(options.size)?;
-        lab.qemu(&["convert", "-O", "qcow2", "RAW", "QCOW2"])?;
-        lab.qemu(&["convert", "-c", "-O", "qcow2", "QCOW2", "ZLIB"])?;
-        let zstd = "compression_type=zstd";
-        lab.qemu(&["convert", "-c", "-O", "qcow2", "-o", zstd, "QCOW2", "ZSTD"])?;
-        lab.qemu(&["create", "-f", "qcow2", "SPARSE", "64T"])?;
-        let full = "preallocation=metadata";
-        lab.qemu(&["create", "-f", "qcow2", "-o", full, "FULL", "1T"])?;
-        Ok(lab)
-    }
-
-    /// Writes the raw image that everything starts from.
-    fn fill(&self, size: u64) -> Result<()> {
-        let mut raw = File::create(self.path("RAW"))?;
-        let mut left = size * 2 / 3;
-        let mut folders = vec![PathBuf::from("/usr")];
-        while let Some(folder) = folders.pop() {
-            let mut entries: Vec<_> = fs::read_dir(&folder)?.collect::<std::io::Result<_>>()?;
-            entries.sort_by_key(fs::DirEntry::path);
-            for entry in entries {
-                let kind = entry.file_type()?;
-                if kind.is_dir() {
-                    folders.push(entry.path());
-                } else if kind.is_file() && left > 0 {
-                    let file = File::open(entry.path())?;
-                    left -= std::io::copy(&mut file.take(left), &mut raw)?;
-                }
-            }
-        }
-        let mut random = Random::seeded(1);
-        let mut block = vec![0; 1 << 20];
-        for _ in 0..(size / 16) >> 20 {
-            block.fill_with(|| random.below(256) as u8);
-            raw.write_all(&block)?;
-        }
-        raw.set_len(size)?;
-        Ok(())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Arguments with the names in capitals as paths; `OUT` is what the command makes.
-    fn program(&self, program: &Path, arguments: &[&str], out: &str) -> Program {
-        let out = self.path(out);
-        let path = |name: &&str| match *name {
-            "RAW" | "QCOW2" | "ZLIB" | "ZSTD" | "SPARSE" | "FULL" => {
-                self.path(name).display().to_string()
-            }
-            "OUT" => out.display().to_string(),
-            other => other.to_owned(),
-        };
-        Program {
-            program: program.to_owned(),
-            arguments: arguments.iter().map(path).collect(),
-            output: Some(out),
-        }
-    }
-
-    fn qemu(&self, arguments: &[&str]) -> Result<()> {
-        self.program(&self.peer, arguments, "none").run()
-    }
-}
-
-/// What is run, and how many times as fast as qemu-img it has to be.
-const ROWS: &[(&str, &[&str], f64)] = &[
-    ("info, 64 TiB sparse", &["info", "SPARSE"], 1.0),
-    ("info, 1 TiB of metadata", &["info", "FULL"], 1.0),
-    ("check", &["check", "QCOW2"], 1.5),
-    ("check, compressed", &["check", "ZLIB"], 1.5),
-    ("check, 1 TiB of metadata", &["check", "FULL"], 1.5),
-    ("map", &["map", "--output=json", "QCOW2"], 1.5),
-    (
-        "map, 1 TiB of metadata",
-        &["map", "--output=json", "FULL"],
-        1.5,
-    ),
-    ("compare", &["compare", "RAW", "QCOW2"], 1.0),
-    (
-        "raw to qcow2",
-        &["convert", "-O", "qcow2", "RAW", "OUT"],
-        1.0,
-    ),
-    (
-        "qcow2 to raw",
-        &["convert", "-O", "raw", "QCOW2", "OUT"],
-        1.0,
-    ),
-    ("zlib to raw", &["convert", "-O", "raw", "ZLIB", "OUT"], 1.0),
-    ("zstd to raw", &["convert", "-O", "raw", "ZSTD", "OUT"], 1.0),
-    (
-        "qcow2 to zstd",
-        &[
-            "convert",
-            "-c",
-            "-O",
-            "qcow2",
-            "-o",
-            "compression_type=zstd",
-            "QCOW2",
-            "OUT",
-        ],
-        1.0,
-    ),
-    (
-        "qcow2 to zlib",
-        &["convert", "-c", "-O", "qcow2", "QCOW2", "OUT"],
-        1.5,
-    ),
-];
 
 fn line(row: &Row, sizes: Option<(u64, u64)>) -> String {
     let spread =
@@ -228,7 +95,7 @@ fn line(row: &Row, sizes: Option<(u64, u64)>) -> String {
         row.ours_cpu_ns / 1e9,
         row.peer_cpu_ns / 1e9,
         spread(&row.cpu_ratio),
-        row.bar,
+        row.bars,
         if row.met { "yes" } else { "no" },
     )
 }
@@ -238,8 +105,10 @@ fn main() -> Result<()> {
         println!("{HELP}");
         return Ok(());
     };
-    let version = Command::new(&options.peer).arg("--version").output()?;
-    let lab = Lab::new(&options)?;
+    let version = process::Command::new(&options.peer)
+        .arg("--version")
+        .output()?;
+    let images = Images::new(&options.dir, options.size, &options.platter, &options.peer)?;
     let mut rows = Vec::new();
     if !options.json {
         let version = String::from_utf8_lossy(&version.stdout);
@@ -249,33 +118,30 @@ fn main() -> Result<()> {
              | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
     }
-    for (name, arguments, bar) in ROWS {
-        if !name.contains(&options.only) {
+    for command in COMMANDS {
+        if !command.name.contains(&options.only) {
             continue;
         }
-        let mut ours = lab.program(&lab.ours, arguments, "ours");
-        let mut peer = lab.program(&lab.peer, arguments, "peer");
+        let (mut ours, mut peer) = images.sides(command);
         let contest = Contest {
-            name,
+            name: command.name,
             ours: ("platter", &mut ours),
             peer: ("qemu-img", &mut peer),
+            host: None,
         };
         let plan = Plan {
             pairs: options.pairs,
             // A run is as long as it is.
             slice: Duration::ZERO,
             with_workers: true,
-            bar: *bar,
+            bars: command.bars(),
         };
         let row = compare(contest, plan)?;
-        let size = |name| fs::metadata(lab.path(name)).map(|meta| meta.len()).ok();
+        let sizes = images.outputs();
         if !options.json {
-            println!("{}", line(&row, size("ours").zip(size("peer"))));
+            println!("{}", line(&row, sizes));
         }
         rows.push(row);
-        for output in ["ours", "peer"] {
-            let _ = fs::remove_file(lab.path(output));
-        }
     }
     if options.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);

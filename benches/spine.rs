@@ -20,7 +20,7 @@ use platter_benches::{
     Direction, Result, Work,
     fio::Fio,
     load::{Random, Straight, Virtio},
-    report::{Contest, HEAD, Plan, Row, compare, line},
+    report::{Bars, Contest, HEAD, Plan, Row, compare, line},
     side::{OnThread, Side, Slice},
 };
 
@@ -299,13 +299,14 @@ fn row(kind: Kind, work: Work, images: &Images, options: &Options) -> Result<Opt
         name: &name,
         ours: (ours_name, &mut ours),
         peer: (peer_name, &mut *peer),
+        host: None,
     };
     let plan = Plan {
         pairs: options.pairs,
         slice: options.slice,
         // The kernel hands buffered writes to its workers.
         with_workers: work.direction == Direction::Write && !work.direct,
-        bar,
+        bars: Bars::rate(bar),
     };
     compare(contest, plan).map(Some)
 }

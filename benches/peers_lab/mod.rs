@@ -1,25 +1,26 @@
-//! The images and the two sides of each comparison.
+//! The images, the sides of each comparison, and the rows.
+
+mod bare_codec;
+mod client;
+mod crates;
+mod fresh;
+mod host;
+pub(crate) mod opening;
+pub(crate) mod rows;
+mod served;
+mod sides;
 
 use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
 };
 
 use block::{
     Disk, DiskFile, Format, Locking, OpenOptions,
     io::{AlignedBuf, EngineKind},
 };
-use platter_benches::{
-    Result, Work,
-    fio::Fio,
-    load::{Random, Straight},
-    qemu::{AIO, QemuBench, image_opts},
-    server::{Server, cpu_of},
-    side::{OnThread, Side, Slice},
-    stride::{Pattern, Strided},
-};
+use platter_benches::{Result, load::Random};
 
 /// Bytes of L2 tables that QEMU's cache, and ours, hold: more than any image has but the huge one,
 /// where it is a sixteenth of them.
@@ -62,17 +63,6 @@ pub(crate) enum Set {
     Huge,
 }
 
-/// An image that is made anew for each slice.
-#[derive(Clone, Copy)]
-pub(crate) enum Fresh {
-    /// A raw file without data.
-    Raw,
-    /// qcow2, nothing allocated.
-    Empty,
-    /// qcow2 without data over a qcow2 image that is full.
-    Overlay,
-}
-
 /// The images, gone when dropped, and the peers.
 pub(crate) struct Lab {
     options: Options,
@@ -88,7 +78,7 @@ impl Lab {
         ] {
             if !program.exists() {
                 let path = program.display();
-                return Err(format!("{path} does not exist; --help says what is needed").into());
+                return Err(format!("{path} does not exist: benches/peers makes it").into());
             }
         }
         Ok(Self {
@@ -189,261 +179,6 @@ impl Lab {
         disk.close()?;
         Ok(())
     }
-
-    /// Random accesses by us; every mapping table is read before.
-    pub(crate) fn random(&self, set: Set, work: Work) -> Result<Box<dyn Side>> {
-        let path = self.path(set, work.direct)?;
-        let format = format_of(set);
-        Ok(Box::new(OnThread::start(move || {
-            Straight::new(&open(&path, format, work.direct)?, work)
-        })?))
-    }
-
-    /// Accesses by us in steps.
-    pub(crate) fn strided(&self, set: Set, work: Work, pattern: Pattern) -> Result<Box<dyn Side>> {
-        let path = self.path(set, work.direct)?;
-        let format = format_of(set);
-        Ok(Box::new(OnThread::start(move || {
-            Strided::new(&open(&path, format, work.direct)?, work, pattern)
-        })?))
-    }
-
-    pub(crate) fn fio(&self, work: Work) -> Result<Box<dyn Side>> {
-        let path = self.path(Set::Plain(Format::Raw), work.direct)?;
-        Ok(Box::new(Fio::new(&path, work)?))
-    }
-
-    /// The same accesses by `qemu-img bench`, with whatever host I/O is fastest.
-    pub(crate) fn qemu_bench(
-        &self,
-        set: Set,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let path = self.path(set, work.direct)?;
-        let mut best: Option<QemuBench> = None;
-        for aio in AIO {
-            if aio == "native" && !work.direct {
-                continue;
-            }
-            let image = image_opts(format_of(set).name(), &path, aio, work.direct, L2_CACHE);
-            let program = self.options.qemu.join("qemu-img");
-            let mut bench = QemuBench::new(&program, image, work, pattern)?;
-            bench.slice(Duration::from_millis(300), 0)?;
-            if best.as_ref().is_none_or(|best| best.rate() < bench.rate()) {
-                best = Some(bench);
-            }
-        }
-        Ok(Box::new(best.ok_or("no kind of host I/O works")?))
-    }
-
-    /// Accesses of one slice on a fresh image: a quarter of it, so that each allocates.
-    fn fresh_count(work: Work) -> u64 {
-        (work.size / work.block.max(65536) / 2).min(8192)
-    }
-
-    fn fresh_image(&self, fresh: Fresh, name: &str) -> Result<Image> {
-        let path = self.dir.path().join(name);
-        let base = match fresh {
-            Fresh::Overlay => Some(self.path(Set::Plain(Format::Qcow2), false)?),
-            Fresh::Raw | Fresh::Empty => None,
-        };
-        Ok(Image { fresh, path, base })
-    }
-
-    /// Writes by us to an image made anew for each slice.
-    pub(crate) fn fresh(
-        &self,
-        fresh: Fresh,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let name = match fresh {
-            Fresh::Raw => "fresh.raw",
-            Fresh::Empty | Fresh::Overlay => "fresh.ours",
-        };
-        let image = self.fresh_image(fresh, name)?;
-        let make = self.maker(&image, work.size);
-        Ok(Box::new(FreshSide {
-            make,
-            run: Box::new(move || {
-                let (path, format) = (image.path.clone(), image.format());
-                let mut side = OnThread::start(move || {
-                    Strided::new(&open(&path, format, work.direct)?, work, pattern)
-                })?;
-                side.ios(Self::fresh_count(work), 1)
-            }),
-        }))
-    }
-
-    /// The same by `qemu-img bench`.
-    pub(crate) fn fresh_qemu(
-        &self,
-        fresh: Fresh,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let image = self.fresh_image(fresh, "fresh.qemu")?;
-        let make = self.maker(&image, work.size);
-        let program = self.options.qemu.join("qemu-img");
-        let mut best: Option<(f64, &str)> = None;
-        let run = move |aio: &str| -> Result<QemuBench> {
-            let opts = image_opts("qcow2", &image.path, aio, work.direct, L2_CACHE);
-            Ok(QemuBench::fresh(&program, opts, work, pattern)?.count(Self::fresh_count(work)))
-        };
-        for aio in AIO {
-            if aio == "native" && !work.direct {
-                continue;
-            }
-            make()?;
-            let mut bench: QemuBench = run(aio)?;
-            bench.slice(Duration::ZERO, 0)?;
-            if best.is_none_or(|(rate, _)| rate < bench.rate()) {
-                best = Some((bench.rate(), aio));
-            }
-        }
-        let (_, aio) = best.ok_or("no kind of host I/O works")?;
-        Ok(Box::new(FreshSide {
-            make,
-            run: Box::new(move || run(aio)?.slice(Duration::ZERO, 0)),
-        }))
-    }
-
-    /// Makes a fresh image, again and again.
-    fn maker(&self, image: &Image, size: u64) -> Box<dyn Fn() -> Result<()>> {
-        let image = image.clone();
-        let program = self.options.qemu.join("qemu-img");
-        Box::new(move || {
-            let _ = fs::remove_file(&image.path);
-            let mut command = Command::new(&program);
-            command.args(["create", "-q", "-f", image.format().name()]);
-            if let Some(base) = &image.base {
-                command.arg("-b").arg(base).args(["-F", "qcow2"]);
-            }
-            let status = command.arg(&image.path).arg(size.to_string()).status()?;
-            if !status.success() {
-                return Err(format!("qemu-img create: {status}").into());
-            }
-            Ok(())
-        })
-    }
-
-    /// A disk that `platter serve` serves, driven by QEMU's client.
-    pub(crate) fn served_by_platter(
-        &self,
-        format: Format,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let path = self.path(Set::Plain(format), work.direct)?;
-        let socket = self.dir.path().join("ours.sock");
-        let _ = fs::remove_file(&socket);
-        let mut command = Command::new(&self.options.platter);
-        command.args(["serve", "vhost-user-blk", "-f", format.name()]);
-        command.arg("--socket").arg(&socket);
-        if work.direct {
-            command.arg("--direct");
-        }
-        let server = Server::start(command.arg(&path), &socket)?;
-        self.client(server, work, pattern)
-    }
-
-    /// A disk that `qemu-storage-daemon` serves, driven by QEMU's client.
-    pub(crate) fn served_by_qemu(
-        &self,
-        format: Format,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let path = self.path(Set::Plain(format), work.direct)?;
-        let mut best: Option<(f64, &str)> = None;
-        for aio in AIO {
-            if aio == "native" && !work.direct {
-                continue;
-            }
-            let mut side = self.daemon(&path, format, aio, work, pattern)?;
-            side.slice(Duration::from_millis(200), 0)?;
-            let rate = side.slice(Duration::from_millis(300), 0)?.iops();
-            if best.is_none_or(|(before, _)| before < rate) {
-                best = Some((rate, aio));
-            }
-        }
-        let (_, aio) = best.ok_or("no kind of host I/O works")?;
-        self.daemon(&path, format, aio, work, pattern)
-    }
-
-    fn daemon(
-        &self,
-        path: &Path,
-        format: Format,
-        aio: &str,
-        work: Work,
-        pattern: Pattern,
-    ) -> Result<Box<dyn Side>> {
-        let socket = self.dir.path().join("peer.sock");
-        let _ = fs::remove_file(&socket);
-        let image = image_opts(format.name(), path, aio, work.direct, L2_CACHE);
-        let mut command = Command::new(self.options.qemu.join("qemu-storage-daemon"));
-        command
-            .args(["--object", "iothread,id=io"])
-            .args([
-                "--blockdev",
-                &format!("{image},node-name=disk,discard=unmap"),
-            ])
-            .arg("--export")
-            .arg(format!(
-                "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},\
-                 writable=on,num-queues=1,iothread=io",
-                socket.display()
-            ));
-        let server = Server::start(&mut command, &socket)?;
-        self.client(server, work, pattern)
-    }
-
-    fn client(&self, server: Server, work: Work, pattern: Pattern) -> Result<Box<dyn Side>> {
-        let image = format!(
-            "driver=virtio-blk-vhost-user,cache.direct=on,path={}",
-            server.socket.display()
-        );
-        // The client knows no page cache.
-        let work = Work {
-            direct: true,
-            ..work
-        };
-        let bench = QemuBench::new(&self.options.client, image, work, pattern)?;
-        Ok(Box::new(
-            bench.worker(Box::new(move || cpu_of(server.pid()))),
-        ))
-    }
-}
-
-#[derive(Clone)]
-struct Image {
-    fresh: Fresh,
-    path: PathBuf,
-    base: Option<PathBuf>,
-}
-
-impl Image {
-    fn format(&self) -> Format {
-        match self.fresh {
-            Fresh::Raw => Format::Raw,
-            Fresh::Empty | Fresh::Overlay => Format::Qcow2,
-        }
-    }
-}
-
-/// A side that gets a new image each time, which is not measured.
-struct FreshSide {
-    make: Box<dyn Fn() -> Result<()>>,
-    run: Box<dyn Fn() -> Result<Slice>>,
-}
-
-impl Side for FreshSide {
-    fn slice(&mut self, _length: Duration, _seed: u64) -> Result<Slice> {
-        (self.make)()?;
-        (self.run)()
-    }
 }
 
 fn format_of(set: Set) -> Format {
@@ -454,12 +189,15 @@ fn format_of(set: Set) -> Format {
 }
 
 fn open(path: &Path, format: Format, direct: bool) -> Result<Disk> {
+    Ok(how(format, direct).open_disk(path)?)
+}
+
+fn how(format: Format, direct: bool) -> OpenOptions {
     // Two sides may have the same image open.
-    Ok(OpenOptions::new()
+    OpenOptions::new()
         .format(format)
         .engine(EngineKind::IoUring)
         .direct(direct)
         .metadata_cache_size(L2_CACHE)
         .locking(Locking::Off)
-        .open_disk(path)?)
 }

@@ -69,6 +69,9 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
+/// The disk whose mapping is of interest by itself.
+pub const MAPPED: Case = case("qcow2 read", Image::Qcow2, Direction::Read, false);
+
 const SIZE: u64 = 16 << 20;
 
 impl Case {

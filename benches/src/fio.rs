@@ -1,6 +1,7 @@
 //! fio as a side: what the host can do with the same file and the same operations.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -11,6 +12,7 @@ use serde_json::Value;
 use crate::{
     Direction, Result, Work,
     cpu::{self, Of},
+    lanes,
     side::{Side, Slice},
 };
 
@@ -19,6 +21,11 @@ use crate::{
 pub struct Fio {
     file: PathBuf,
     work: Work,
+    /// Threads, and whether each has a processor of its own.
+    jobs: usize,
+    pinned: bool,
+    /// `fdatasync` after so many writes; 0: never.
+    flush_every: u64,
     /// Processor time of a run that does nothing.
     overhead: Duration,
 }
@@ -32,6 +39,9 @@ impl Fio {
         let mut fio = Self {
             file: file.to_owned(),
             work,
+            jobs: 1,
+            pinned: false,
+            flush_every: 0,
             overhead: Duration::ZERO,
         };
         let mut idle: Vec<Duration> = Vec::new();
@@ -45,13 +55,46 @@ impl Fio {
         Ok(fio)
     }
 
+    /// Lets so many threads do the work, each with as many accesses in flight, pinned to the
+    /// first processors.
+    #[must_use]
+    pub fn jobs(mut self, jobs: usize) -> Self {
+        self.jobs = jobs;
+        self.pinned = true;
+        self
+    }
+
+    /// Flushes after so many writes; 0: never.
+    #[must_use]
+    pub fn flush_every(mut self, writes: u64) -> Self {
+        self.flush_every = writes;
+        self
+    }
+
+    /// The options of several pinned threads.
+    fn threads(&self) -> Result<Vec<String>> {
+        let processors = lanes::processors()?;
+        let first: Vec<String> = processors
+            .iter()
+            .take(self.jobs)
+            .map(usize::to_string)
+            .collect();
+        Ok(vec![
+            format!("--numjobs={}", self.jobs),
+            "--group_reporting".to_owned(),
+            format!("--cpus_allowed={}", first.join(",")),
+            "--cpus_allowed_policy=split".to_owned(),
+        ])
+    }
+
     fn run(&self, more: &[String]) -> Result<Value> {
         let work = &self.work;
         let rw = match work.direction {
             Direction::Read => "randread",
             Direction::Write => "randwrite",
         };
-        let output = Command::new("fio")
+        let mut command = Command::new("fio");
+        command
             .args([
                 "--name=spine",
                 "--ioengine=io_uring",
@@ -68,30 +111,101 @@ impl Fio {
             .arg(format!("--iodepth={}", work.depth))
             .arg(format!("--iodepth_batch_submit={}", work.depth))
             .arg(format!("--iodepth_batch_complete_max={}", work.depth))
-            .args(more)
-            .output()
-            .map_err(|error| format!("fio: {error}; install the package fio"))?;
-        if !output.status.success() {
-            return Err(format!("fio: {}", String::from_utf8_lossy(&output.stderr)).into());
+            .args(more);
+        launch(&mut command)
+    }
+}
+
+/// Runs fio; its report.
+fn launch(command: &mut Command) -> Result<Value> {
+    let output = command
+        .output()
+        .map_err(|error| format!("fio: {error}; install the package fio"))?;
+    if !output.status.success() {
+        return Err(format!("fio: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    // Warnings may come before the JSON.
+    let text = String::from_utf8(output.stdout)?;
+    let start = text.find('{').ok_or("fio: no JSON")?;
+    Ok(serde_json::from_str(&text[start..])?)
+}
+
+fn number(value: &Value) -> Result<f64> {
+    Ok(value.as_f64().ok_or("fio: a number is missing")?)
+}
+
+/// fio with its io_uring engine and reads at given places, from the first to the last.
+pub struct Replay {
+    log: PathBuf,
+    depth: u32,
+}
+
+impl Replay {
+    /// Reads of a file: offsets and lengths in bytes. `log` is a file that is written.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn new(file: &Path, reads: &[(u64, u64)], depth: u32, log: &Path) -> Result<Self> {
+        let file = file.display();
+        let mut text = format!("fio version 2 iolog\n{file} add\n{file} open\n");
+        for (offset, len) in reads {
+            text += &format!("{file} read {offset} {len}\n");
         }
-        // Warnings may come before the JSON.
-        let text = String::from_utf8(output.stdout)?;
-        let start = text.find('{').ok_or("fio: no JSON")?;
-        Ok(serde_json::from_str(&text[start..])?)
+        text += &format!("{file} close\n");
+        fs::write(log, text)?;
+        Ok(Self {
+            log: log.to_owned(),
+            depth,
+        })
+    }
+}
+
+impl Side for Replay {
+    fn slice(&mut self, _length: Duration, _seed: u64) -> Result<Slice> {
+        let before = cpu::time(Of::Children);
+        let mut command = Command::new("fio");
+        command
+            .args(["--name=replay", "--ioengine=io_uring", "--direct=1"])
+            .args(["--output-format=json", "--invalidate=0", "--gtod_reduce=1"])
+            .args(["--replay_no_stall=1", "--thread=1"])
+            .args(["--iodepth_batch_complete_min=1"])
+            .arg(format!("--read_iolog={}", self.log.display()))
+            .arg(format!("--iodepth={}", self.depth))
+            .arg(format!("--iodepth_batch_submit={}", self.depth))
+            .arg(format!("--iodepth_batch_complete_max={}", self.depth));
+        let report = launch(&mut command)?;
+        let cpu = cpu::time(Of::Children) - before;
+        let job = &report["jobs"][0];
+        let ios = number(&job["read"]["total_ios"])?;
+        if number(&job["error"])? != 0.0 || ios == 0.0 {
+            return Err("fio: the replay failed".into());
+        }
+        Ok(Slice {
+            ios: ios as u64,
+            wall: Duration::from_secs_f64(number(&job["read"]["runtime"])? / 1e3),
+            thread_cpu: cpu,
+            all_cpu: cpu,
+        })
     }
 }
 
 impl Side for Fio {
     fn slice(&mut self, length: Duration, seed: u64) -> Result<Slice> {
         let before = cpu::time(Of::Children);
-        let report = self.run(&[
+        let mut more = vec![
             "--time_based".to_owned(),
             format!("--runtime={}ms", length.as_millis()),
             format!("--randseed={seed}"),
-        ])?;
+        ];
+        if self.pinned {
+            more.extend(self.threads()?);
+        }
+        if self.flush_every > 0 {
+            more.push(format!("--fdatasync={}", self.flush_every));
+        }
+        let report = self.run(&more)?;
         let all = cpu::time(Of::Children) - before;
         let job = &report["jobs"][0];
-        let number = |value: &Value| value.as_f64().ok_or("fio: a number is missing");
         let side = &job[match self.work.direction {
             Direction::Read => "read",
             Direction::Write => "write",

@@ -5,16 +5,22 @@
 //! become slower or faster meanwhile: a pair hardly notices, and the median of the ratios less.
 
 pub mod cases;
+pub mod chart;
 pub mod command;
+pub mod counting;
 pub mod cpu;
 pub mod fio;
+pub mod lanes;
 pub mod load;
+pub mod maintenance;
 pub mod memory;
 pub mod qemu;
 pub mod report;
 pub mod server;
 pub mod side;
+pub mod strace;
 pub mod stride;
+pub mod table;
 
 use std::error::Error;
 

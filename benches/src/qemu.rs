@@ -106,14 +106,15 @@ impl QemuBench {
         self.rate
     }
 
-    fn run(&self, ios: u64) -> Result<Slice> {
-        let cpu_now = || match &self.worker {
-            Some(worker) => worker(),
-            None => Ok(cpu::time(Of::Children)),
-        };
-        let before = cpu_now()?;
-        let (work, pattern) = (&self.work, &self.pattern);
-        let mut command = Command::new(&self.program);
+    /// The command that does so many accesses.
+    #[must_use]
+    pub fn command(
+        program: &Path,
+        image: &str,
+        (work, pattern): (&Work, &Pattern),
+        ios: u64,
+    ) -> Command {
+        let mut command = Command::new(program);
         command
             .args(["bench", "-c", &ios.to_string()])
             .args(["-d", &work.depth.to_string()])
@@ -127,7 +128,19 @@ impl QemuBench {
                 command.arg(format!("--flush-interval={}", pattern.flush_every));
             }
         }
-        let output = command.args(["--image-opts", &self.image]).output();
+        command.args(["--image-opts", image]);
+        command
+    }
+
+    fn run(&self, ios: u64) -> Result<Slice> {
+        let cpu_now = || match &self.worker {
+            Some(worker) => worker(),
+            None => Ok(cpu::time(Of::Children)),
+        };
+        let before = cpu_now()?;
+        let mut command =
+            Self::command(&self.program, &self.image, (&self.work, &self.pattern), ios);
+        let output = command.output();
         let output = output.map_err(|error| format!("{}: {error}", self.program.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let seconds = text
@@ -138,7 +151,7 @@ impl QemuBench {
             let error = String::from_utf8_lossy(&output.stderr);
             return Err(format!("qemu-img bench on {}: {error}", self.image).into());
         };
-        let cpu = (cpu_now()? - before).saturating_sub(self.overhead);
+        let cpu = cpu_now()?.saturating_sub(before + self.overhead);
         Ok(Slice {
             ios,
             wall: Duration::from_secs_f64(seconds),

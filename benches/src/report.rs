@@ -1,6 +1,6 @@
 //! Ratios of pairs, and what is said about them.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use serde::Serialize;
 
@@ -57,12 +57,111 @@ impl Spread {
 pub enum Judge {
     /// The ratio of accesses a second.
     Iops,
-    /// The ratio of processor time an access: the other was too unsteady.
+    /// The ratio of processor time an access: the other was too unsteady, or has no bar.
     Cpu,
+    /// What the host can do: we reach it, with much less processor time than the peer.
+    #[serde(rename = "host-bound")]
+    HostBound,
+}
+
+impl Judge {
+    /// Its name in a table.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Judge::Iops => "IOPS",
+            Judge::Cpu => "CPU",
+            Judge::HostBound => "host-bound",
+        }
+    }
 }
 
 /// The middle half of the ratios of accesses a second may be spread by this much for them to decide.
 const STEADY: f64 = 0.1;
+
+/// Where the bar in accesses a second is missed: how much of the host's ceiling is enough.
+pub const OF_CEILING: f64 = 0.9;
+
+/// And how much of the peer's processor time an access is allowed then.
+pub const HOST_BOUND_CPU: f64 = 0.7;
+
+/// What a row has to reach.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Bars {
+    /// The least ratio of accesses a second.
+    pub rate: Option<f64>,
+    /// The largest ratio of processor time an access.
+    pub cpu: Option<f64>,
+}
+
+impl Bars {
+    /// A bar for accesses a second.
+    #[must_use]
+    pub fn rate(least: f64) -> Self {
+        Self {
+            rate: Some(least),
+            cpu: None,
+        }
+    }
+
+    /// A bar for processor time an access alone.
+    #[must_use]
+    pub fn cpu(most: f64) -> Self {
+        Self {
+            rate: None,
+            cpu: Some(most),
+        }
+    }
+
+    /// And a bar for processor time an access, which has to be met too.
+    #[must_use]
+    pub fn and_cpu(self, most: f64) -> Self {
+        Self {
+            cpu: Some(most),
+            ..self
+        }
+    }
+
+    /// What decides, and whether it is met. `ceiling` is the ratio to what the host can do.
+    fn judge(self, iops: &Spread, cpu: &Spread, ceiling: Option<&Spread>) -> (Judge, bool) {
+        let cpu_met = self.cpu.is_none_or(|most| cpu.median <= most);
+        let Some(least) = self.rate else {
+            return (Judge::Cpu, cpu_met);
+        };
+        let (judge, met) = if iops.middle_half() > STEADY {
+            (Judge::Cpu, cpu.median <= 1.0 / least)
+        } else {
+            (Judge::Iops, iops.median >= least)
+        };
+        let at_ceiling = ceiling.is_some_and(|ratio| ratio.median >= OF_CEILING);
+        if !met && at_ceiling && cpu.median <= HOST_BOUND_CPU {
+            return (Judge::HostBound, cpu_met);
+        }
+        (judge, met && cpu_met)
+    }
+}
+
+impl fmt::Display for Bars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.rate, self.cpu) {
+            (Some(rate), None) => write!(f, "{rate}"),
+            (Some(rate), Some(cpu)) => write!(f, "{rate}; CPU {cpu:.2}"),
+            (None, Some(cpu)) => write!(f, "CPU {cpu:.2}"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// What the host can do with the same operations, measured in the same run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ceiling {
+    /// Who measured it.
+    pub name: String,
+    /// Median accesses a second, as far as its operations go; a note.
+    pub iops: f64,
+    /// Accesses a second, ours by it.
+    pub ratio: Spread,
+}
 
 /// A comparison.
 #[derive(Clone, Debug, Serialize)]
@@ -89,8 +188,10 @@ pub struct Row {
     pub iops_ratio: Spread,
     /// Processor time an access, ours by the peer's: less is better.
     pub cpu_ratio: Spread,
-    /// The least ratio of accesses a second.
-    pub bar: f64,
+    /// What the host can do, where that was measured.
+    pub ceiling: Option<Ceiling>,
+    /// What has to be reached.
+    pub bars: Bars,
     /// What decided.
     pub judge: Judge,
     /// Whether the bar is met.
@@ -106,8 +207,18 @@ pub struct Plan {
     pub slice: Duration,
     /// Whether to count the processor time of the kernel's workers too.
     pub with_workers: bool,
-    /// The least ratio of accesses a second.
-    pub bar: f64,
+    /// What has to be reached.
+    pub bars: Bars,
+}
+
+/// A side that shows what the host can do.
+pub struct Host<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// It.
+    pub side: &'a mut dyn Side,
+    /// Its accesses that make up one of ours.
+    pub operations: f64,
 }
 
 /// What is compared: a name, and the sides with theirs.
@@ -118,37 +229,71 @@ pub struct Contest<'a> {
     pub ours: (&'a str, &'a mut dyn Side),
     /// The peer.
     pub peer: (&'a str, &'a mut dyn Side),
+    /// What the host can do, if that is of interest.
+    pub host: Option<Host<'a>>,
 }
 
-/// Runs the pairs. Within a pair the order alternates.
+/// Runs two things in turn, `pairs` times; within a pair the order alternates. What is run gets a seed.
+///
+/// # Errors
+/// Those of the two.
+pub fn pairs<T>(
+    pairs: usize,
+    mut ours: impl FnMut(u64) -> Result<T>,
+    mut peer: impl FnMut(u64) -> Result<T>,
+) -> Result<Vec<(T, T)>> {
+    (0..pairs)
+        .map(|pair| {
+            let seed = 1 + pair as u64;
+            if pair % 2 == 0 {
+                let first = ours(seed)?;
+                Ok((first, peer(seed)?))
+            } else {
+                let first = peer(seed)?;
+                Ok((ours(seed)?, first))
+            }
+        })
+        .collect()
+}
+
+/// Runs the pairs; what the host can do is measured right after each.
 ///
 /// # Errors
 /// Those of the sides.
 pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
     let (ours, peer) = (contest.ours.1, contest.peer.1);
+    let mut host = contest.host;
     // Caches, clocks and the device get used to the work.
     ours.slice(plan.slice / 2, 0)?;
     peer.slice(plan.slice / 2, 0)?;
     let mut slices: Vec<(Slice, Slice)> = Vec::new();
+    let mut ceilings = Vec::new();
     for pair in 0..plan.pairs {
         let seed = 1 + pair as u64;
-        slices.push(if pair % 2 == 0 {
+        let slice = if pair % 2 == 0 {
             let first = ours.slice(plan.slice, seed)?;
             (first, peer.slice(plan.slice, seed)?)
         } else {
             let first = peer.slice(plan.slice, seed)?;
             (ours.slice(plan.slice, seed)?, first)
-        });
+        };
+        if let Some(host) = &mut host {
+            let iops = host.side.slice(plan.slice, seed)?.iops() / host.operations;
+            ceilings.push((iops, slice.0.iops() / iops));
+        }
+        slices.push(slice);
     }
     let spread = |of: &dyn Fn(&(Slice, Slice)) -> f64| Spread::of(slices.iter().map(of).collect());
     let cpu = |slice: &Slice| slice.cpu_per_io(plan.with_workers);
     let iops_ratio = spread(&|(a, b)| a.iops() / b.iops());
     let cpu_ratio = spread(&|(a, b)| cpu(a) / cpu(b));
-    let judge = if iops_ratio.middle_half() > STEADY {
-        Judge::Cpu
-    } else {
-        Judge::Iops
-    };
+    let ceiling = host.map(|host| Ceiling {
+        name: host.name.to_owned(),
+        iops: Spread::of(ceilings.iter().map(|(iops, _)| *iops).collect()).median,
+        ratio: Spread::of(ceilings.iter().map(|(_, ratio)| *ratio).collect()),
+    });
+    let at_ceiling = ceiling.as_ref().map(|ceiling| &ceiling.ratio);
+    let (judge, met) = plan.bars.judge(&iops_ratio, &cpu_ratio, at_ceiling);
     Ok(Row {
         name: contest.name.to_owned(),
         ours: contest.ours.0.to_owned(),
@@ -161,12 +306,10 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
         cpu_with_workers: plan.with_workers,
         iops_ratio,
         cpu_ratio,
-        bar: plan.bar,
+        ceiling,
+        bars: plan.bars,
         judge,
-        met: match judge {
-            Judge::Iops => iops_ratio.median >= plan.bar,
-            Judge::Cpu => cpu_ratio.median <= 1.0 / plan.bar,
-        },
+        met,
     })
 }
 
@@ -195,11 +338,8 @@ pub fn line(row: &Row) -> String {
         cpu.median,
         cpu.min,
         cpu.max,
-        row.bar,
-        match row.judge {
-            Judge::Iops => "IOPS",
-            Judge::Cpu => "CPU",
-        },
+        row.bars,
+        row.judge.name(),
         if row.met { "yes" } else { "no" },
     )
 }
@@ -218,37 +358,129 @@ mod tests {
         assert!((spread.middle_half() - 2.0 / 3.0).abs() < 1e-9);
     }
 
-    /// A side that does so many accesses a second.
-    struct Steady(u64);
+    /// A side that does so many accesses a second, with so many nanoseconds of processor time each.
+    struct Steady(u64, u64);
 
     impl Side for Steady {
         fn slice(&mut self, length: Duration, _seed: u64) -> Result<Slice> {
+            let cpu = Duration::from_nanos(self.0 * self.1);
             Ok(Slice {
                 ios: self.0,
                 wall: length,
-                thread_cpu: length,
-                all_cpu: length,
+                thread_cpu: cpu,
+                all_cpu: cpu,
             })
         }
     }
 
-    #[test]
-    fn a_steady_ratio_is_judged_by_iops() {
+    /// A side that does twice as many accesses in every other slice.
+    struct Unsteady(u64);
+
+    impl Side for Unsteady {
+        fn slice(&mut self, length: Duration, seed: u64) -> Result<Slice> {
+            Steady(self.0 << (seed % 2), 1000).slice(length, seed)
+        }
+    }
+
+    fn row(bars: Bars, ours: &mut dyn Side, peer: &mut dyn Side, host: Option<u64>) -> Row {
         let plan = Plan {
-            pairs: 3,
+            pairs: 15,
             slice: Duration::from_secs(1),
             with_workers: false,
-            bar: 0.9,
+            bars,
         };
+        let mut side = host.map(|iops| Steady(iops, 1000));
+        let contest = Contest {
+            name: "steady",
+            ours: ("a", ours),
+            peer: ("b", peer),
+            host: side.as_mut().map(|side| Host {
+                name: "fio",
+                side,
+                operations: 2.0,
+            }),
+        };
+        compare(contest, plan).unwrap()
+    }
+
+    #[test]
+    fn a_steady_ratio_is_judged_by_iops() {
         let row = |ours| {
-            let contest = Contest {
-                name: "steady",
-                ours: ("a", &mut Steady(ours)),
-                peer: ("b", &mut Steady(100)),
-            };
-            compare(contest, plan).unwrap()
+            let mut peer = Steady(100, 1000);
+            row(Bars::rate(0.9), &mut Steady(ours, 9000), &mut peer, None)
         };
         assert_eq!(row(89).judge, Judge::Iops);
         assert!(!row(89).met && row(90).met);
+    }
+
+    #[test]
+    fn an_unsteady_ratio_is_judged_by_processor_time() {
+        let row = |cpu| {
+            let mut peer = Unsteady(100);
+            row(Bars::rate(2.0), &mut Steady(100, cpu), &mut peer, None)
+        };
+        assert_eq!(row(500).judge, Judge::Cpu);
+        assert!(row(500).met && !row(501).met);
+    }
+
+    #[test]
+    fn a_bar_for_processor_time_has_to_be_met_too() {
+        let row = |iops, cpu| {
+            let bars = Bars::rate(1.5).and_cpu(0.6);
+            row(bars, &mut Steady(iops, cpu), &mut Steady(100, 1000), None)
+        };
+        assert!(row(150, 600).met);
+        assert!(!row(150, 601).met && !row(149, 600).met);
+        let alone = |cpu| {
+            let mut peer = Unsteady(100);
+            self::row(Bars::cpu(0.5), &mut Steady(1, cpu), &mut peer, None)
+        };
+        assert_eq!(alone(500).judge, Judge::Cpu);
+        assert!(alone(500).met && !alone(501).met);
+    }
+
+    #[test]
+    fn nine_tenths_of_what_the_host_can_do_is_enough_with_little_processor_time() {
+        // The host's 200 operations a second are 100 accesses.
+        let row = |iops, cpu| {
+            let mut peer = Steady(80, 1000);
+            row(
+                Bars::rate(2.0),
+                &mut Steady(iops, cpu),
+                &mut peer,
+                Some(200),
+            )
+        };
+        assert_eq!(row(90, 700).judge, Judge::HostBound);
+        assert!(row(90, 700).met);
+        for missed in [row(89, 700), row(90, 701)] {
+            assert_eq!(missed.judge, Judge::Iops);
+            assert!(!missed.met);
+        }
+        assert_eq!(row(160, 2000).judge, Judge::Iops);
+        assert!(row(160, 2000).met);
+    }
+
+    #[test]
+    fn a_bar_for_processor_time_holds_at_the_ceiling_too() {
+        let row = |cpu| {
+            let bars = Bars::rate(2.0).and_cpu(0.6);
+            row(bars, &mut Steady(95, cpu), &mut Steady(80, 1000), Some(200))
+        };
+        assert!(row(600).met && !row(650).met);
+    }
+
+    #[test]
+    fn the_order_within_pairs_alternates() {
+        let order = std::cell::RefCell::new(Vec::new());
+        let note = |who: &'static str| {
+            let order = &order;
+            move |seed: u64| -> Result<u64> {
+                order.borrow_mut().push(who);
+                Ok(seed)
+            }
+        };
+        assert_eq!(pairs(2, note("a"), note("b")).unwrap(), [(1, 1), (2, 2)]);
+        assert_eq!(order.into_inner(), ["a", "b", "b", "a"]);
     }
 }

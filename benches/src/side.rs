@@ -120,12 +120,13 @@ impl OnThread {
                     }
                 }
             })?;
-        slices.recv()??;
-        Ok(Self {
+        let mut this = Self {
             commands: Some(commands),
             slices,
             thread: Some(thread),
-        })
+        };
+        this.end()?;
+        Ok(this)
     }
 
     /// Works for a number of accesses.
@@ -133,20 +134,43 @@ impl OnThread {
     /// # Errors
     /// Any failed access.
     pub fn ios(&mut self, ios: u64, seed: u64) -> Result<Slice> {
-        self.send(StopIn::Ios(ios), seed)
+        self.send(StopIn::Ios(ios), seed)?;
+        self.end()
     }
 
-    fn send(&mut self, stop: StopIn, seed: u64) -> Result<Slice> {
-        if let Some(commands) = &self.commands {
-            commands.send(Command { stop, seed })?;
+    /// Begins to work for about `length`; [`Self::end`] tells what was done.
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub(crate) fn begin(&self, length: Duration, seed: u64) -> Result<()> {
+        self.send(StopIn::Time(length), seed)
+    }
+
+    /// Waits for the end of what was begun.
+    ///
+    /// # Errors
+    /// Any failed access.
+    pub(crate) fn end(&mut self) -> Result<Slice> {
+        let slice = self.slices.recv();
+        slice.map_err(|_| "the thread of the load ended: it panicked")?
+    }
+
+    fn send(&self, stop: StopIn, seed: u64) -> Result<()> {
+        let sent = match &self.commands {
+            Some(commands) => commands.send(Command { stop, seed }).is_ok(),
+            None => false,
+        };
+        if sent {
+            return Ok(());
         }
-        self.slices.recv()?
+        Err("the thread of the load ended: it panicked".into())
     }
 }
 
 impl Side for OnThread {
     fn slice(&mut self, length: Duration, seed: u64) -> Result<Slice> {
-        self.send(StopIn::Time(length), seed)
+        self.begin(length, seed)?;
+        self.end()
     }
 }
 

@@ -121,12 +121,16 @@ pub fn zstd_decompress(input: &[u8], output: &mut [u8]) -> Result<()> {
     })
 }
 
+/// The level: the first of this library that looks for matches of three bytes, as zlib does at its
+/// default. Those below are faster, and up to 3 % larger.
+const LEVEL: i32 = 9;
+
 /// Compresses with raw deflate and the window that QEMU uses. `None` when the result is not smaller
 /// than `limit` bytes.
 #[must_use]
 pub fn deflate(input: &[u8], limit: usize) -> Option<Vec<u8>> {
     let mut output = vec![0; limit];
-    let mut state = zlib_rs::Deflate::new(-1, false, WINDOW_BITS);
+    let mut state = zlib_rs::Deflate::new(LEVEL, false, WINDOW_BITS);
     let status = state.compress(input, &mut output, zlib_rs::DeflateFlush::Finish);
     match status {
         Ok(zlib_rs::Status::StreamEnd) => {

@@ -4,7 +4,7 @@ use block::DiskFile;
 
 use crate::{
     convert::{
-        Job,
+        job::Job,
         scan::{Kind, Run, Scanned},
         workers,
     },

@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod compress;
+mod job;
 mod plain;
 mod queued;
 mod scan;
@@ -10,7 +11,7 @@ mod workers;
 
 use std::{path::PathBuf, time::Instant};
 
-use block::{AsyncDiskFile, CacheMode, ErrorKind, Format, io::EngineKind};
+use block::{AsyncDiskFile, CacheMode, Format, io::EngineKind};
 use clap::Args;
 
 use crate::{
@@ -22,7 +23,6 @@ use crate::{
         spec::{ImageSpec, could_not_open},
     },
     util::{
-        errno,
         failure::{Failure, Outcome},
         interrupt,
         keyval::KeyVals,
@@ -32,7 +32,7 @@ use crate::{
     },
 };
 
-use scan::{Kind, Look, Run, SECTOR};
+use job::Job;
 
 /// Bytes of a run of data, where they are only counted.
 const SCAN_CHUNK: u64 = 1 << 20;
@@ -135,25 +135,6 @@ pub(crate) struct ConvertArgs {
     /// One or more sources, and the target
     #[arg(value_name = "SOURCE... TARGET")]
     files: Vec<String>,
-}
-
-/// What to copy, and how.
-pub(crate) struct Job {
-    /// The sources, with the offset of each in the target.
-    sources: Vec<(u64, Box<dyn AsyncDiskFile>)>,
-    target: Box<dyn AsyncDiskFile>,
-    /// What is not written to reads as zeroes.
-    target_is_zero: bool,
-    /// What the source itself does not hold is left to the target's backing file.
-    target_has_backing: bool,
-    /// Runs of zeroes from this size on are not written as data.
-    sparse: u64,
-    parallel: usize,
-    in_order: bool,
-    salvage: bool,
-    rate: Option<u64>,
-    started: Instant,
-    persona: Persona,
 }
 
 /// Runs the command.
@@ -459,7 +440,7 @@ fn work(job: &Job, shown: bool) -> Outcome<u64> {
     }
     let mut result = Ok(());
     let look = job.look_for_copy(SCAN_CHUNK);
-    scan::run(&scan::sources(job)?, look, &mut |run| match run {
+    scan::run(&scan::sources(&job.sources)?, look, &mut |run| match run {
         Ok(run) => {
             if let Some(kind) = run.unknown.filter(|_| tells) {
                 job.warn("block status at offset", run.offset, kind);
@@ -478,53 +459,4 @@ fn work(job: &Job, shown: bool) -> Outcome<u64> {
 /// A device that was not made here keeps what it held.
 fn is_file(spec: &ImageSpec) -> bool {
     std::fs::metadata(&spec.path).is_ok_and(|meta| meta.is_file())
-}
-
-impl Job {
-    /// How the sources are looked through.
-    fn look(&self, unit: u64, chunk: u64) -> Look {
-        Look {
-            target_has_backing: self.target_has_backing,
-            salvage: self.salvage,
-            unit,
-            chunk,
-        }
-    }
-
-    /// How the sources are looked through for a plain copy.
-    fn look_for_copy(&self, chunk: u64) -> Look {
-        let unit = if self.salvage {
-            // What cannot be found out is told by the sector.
-            SECTOR
-        } else {
-            self.sparse.clamp(SECTOR, chunk).next_power_of_two()
-        };
-        self.look(unit, chunk)
-    }
-
-    /// Whether a run is work: what only has to be passed over is none.
-    fn is_work(&self, run: &Run) -> bool {
-        match run.kind {
-            Kind::Data => true,
-            Kind::Zero => self.sparse == 0 || !self.target_is_zero,
-            Kind::Skip => false,
-        }
-    }
-
-    /// Tells what could not be salvaged.
-    fn warn(&self, what: &str, offset: u64, kind: ErrorKind) {
-        let text = errno::request_text(kind);
-        self.persona.complain(&format!(
-            "warning: error while reading {what} {offset}: {text}"
-        ));
-    }
-
-    /// Waits until `done` bytes keep to the rate that was asked for.
-    fn keep_rate(&self, done: u64) {
-        let Some(rate) = self.rate else { return };
-        let due = std::time::Duration::from_secs_f64(done as f64 / rate as f64);
-        if let Some(early) = due.checked_sub(self.started.elapsed()) {
-            std::thread::sleep(early);
-        }
-    }
 }

@@ -3,7 +3,7 @@
 
 use crate::{
     convert::{
-        Job,
+        job::Job,
         scan::{Kind, Run},
         workers::{self, Hand},
     },

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     convert::{
-        Job,
+        job::Job,
         scan::{self, Kind, Run, SECTOR},
         transfer::failed,
     },
@@ -72,7 +72,7 @@ struct Copy<'a> {
 /// Copies everything.
 pub(super) fn run(job: &Job, progress: &Progress) -> Outcome<()> {
     let failed = |error: block::Error| Failure::new(error.to_string());
-    let scanned = scan::sources(job)?;
+    let scanned = scan::sources(&job.sources)?;
     let (to, runs) = mpsc::sync_channel(256);
     let look = job.look_for_copy(CHUNK);
     std::thread::scope(|scope| {

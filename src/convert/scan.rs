@@ -2,10 +2,7 @@
 
 use block::{AsyncDiskFile, DiskFile, ErrorKind};
 
-use crate::{
-    convert::Job,
-    util::failure::{Failure, Outcome},
-};
+use crate::util::failure::{Failure, Outcome};
 
 /// A sector: what is tried alone where a larger range fails.
 pub(super) const SECTOR: u64 = 512;
@@ -58,7 +55,7 @@ pub(super) struct Scanned {
 }
 
 /// The sources of a copy.
-pub(super) fn sources(job: &Job) -> Outcome<Vec<Scanned>> {
+pub(super) fn sources(list: &[(u64, Box<dyn AsyncDiskFile>)]) -> Outcome<Vec<Scanned>> {
     let one = |(start, disk): &(u64, Box<dyn AsyncDiskFile>)| {
         Ok(Scanned {
             disk: disk
@@ -67,7 +64,7 @@ pub(super) fn sources(job: &Job) -> Outcome<Vec<Scanned>> {
             start: *start,
         })
     };
-    job.sources.iter().map(one).collect()
+    list.iter().map(one).collect()
 }
 
 /// Gives every run of the sources, in order, to `found`, until that says that nobody wants more.

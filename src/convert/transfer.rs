@@ -3,7 +3,7 @@
 use block::{DiskFile, Error, ErrorKind};
 
 use crate::{
-    convert::{Job, scan::SECTOR},
+    convert::{job::Job, scan::SECTOR},
     util::failure::{Failure, Outcome},
 };
 

@@ -8,7 +8,7 @@ use std::sync::{
 
 use crate::{
     convert::{
-        Job,
+        job::Job,
         scan::{self, Look, Run, Scanned},
     },
     util::{failure::Outcome, interrupt, progress::Progress},
@@ -103,7 +103,7 @@ pub(super) fn run(
     threads: usize,
     copy: impl Fn(&Hand<'_>, &Run, &mut [u8]) -> Outcome<u64> + Sync,
 ) -> Outcome<()> {
-    let sources = scan::sources(job)?;
+    let sources = scan::sources(&job.sources)?;
     let (to, from) = mpsc::sync_channel(AHEAD);
     let runs = Mutex::new((0, from));
     let (turns, stop, done) = (Turns::default(), AtomicBool::new(false), AtomicU64::new(0));

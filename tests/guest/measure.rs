@@ -18,8 +18,8 @@ usage: in_guest [--pairs N] [--seconds N] [--count N] [--size MIB] [--only TEXT]
 
 Boots one guest with four disks of the same content: behind Platter's nvme and ahci, over vfio-user, and behind QEMU's
 nvme and ich9-ahci. fio in the guest reads and writes 4 KiB at random, with 1 and with 32 in flight, in pairs of runs in
-turn; then once more with so many accesses, while QEMU counts accesses to the device's registers and the guest counts
-interrupts. Prints a table in Markdown.
+turn; then once more with so many accesses, while QEMU counts accesses to the device's registers, the guest interrupts, and
+Platter how often it found something to do. Prints a table in Markdown.
 
   --pairs N     pairs of runs for each row (5)
   --seconds N   length of a run (2)
@@ -28,6 +28,10 @@ interrupts. Prints a table in Markdown.
   --only TEXT   only rows with this in their name
 
 PLATTER_LAB_PROGRAM names a platter to measure instead of the one that cargo built for this.";
+
+const NOTE: &str = "
+Emulation has no exits. An access to a register would be one under a hypervisor, and is what QEMU writes down; so may an
+interrupt be. A drain is a look of Platter's worker that found something; QEMU's devices do not count theirs.";
 
 fn options() -> Result<Option<Plan>, Box<dyn Error>> {
     let mut plan = Plan {
@@ -82,5 +86,6 @@ fn run(plan: &Plan) {
             }
         }
     }
+    println!("{NOTE}");
     lab.stop();
 }

@@ -175,7 +175,7 @@ exit 1";
 /// The same for an ATA disk.
 const FIND_AHCI: &str = "
 for device in /dev/sd?; do
-    hdparm -I $device | grep -q 'Serial Number: *SERIAL *$' || continue
+    hdparm -I $device 2> /dev/null | grep -q 'Serial Number: *SERIAL *$' || continue
     echo $(readlink -f /sys/block/$(basename $device) | grep -o '0000:[0-9a-f:.]*' | tail -1) $device
     exit 0
 done

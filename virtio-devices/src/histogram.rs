@@ -35,6 +35,17 @@ fn range(bucket: usize) -> (u64, u64) {
     (mantissa << shift, 1 << shift)
 }
 
+/// Values that are counted together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// The smallest value, in nanoseconds.
+    pub from: u64,
+    /// The largest value, in nanoseconds. The last bucket of all holds whatever is larger, too.
+    pub to: u64,
+    /// The number of values.
+    pub count: u64,
+}
+
 /// A histogram that one thread fills, or that several were merged into.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Histogram {
@@ -116,6 +127,18 @@ impl Histogram {
             }
         }
         self.max
+    }
+
+    /// The buckets that hold something, in the order of their values.
+    pub fn buckets(&self) -> impl Iterator<Item = Bucket> + '_ {
+        let filled = self.counts.iter().enumerate();
+        filled
+            .filter(|(_, count)| **count > 0)
+            .map(|(index, &count)| {
+                let (from, width) = range(index);
+                let to = from + (width - 1);
+                Bucket { from, to, count }
+            })
     }
 
     /// The median.
@@ -221,6 +244,21 @@ mod tests {
         }
         assert_eq!(histogram.max(), 1_000_000);
         assert_eq!(histogram.mean(), 500_005);
+    }
+
+    #[test]
+    fn buckets_hold_what_was_counted() {
+        let mut histogram = Histogram::new();
+        assert_eq!(histogram.buckets().next(), None);
+        for value in [3, 3, 64, 65, 1_000_000] {
+            histogram.record(value);
+        }
+        let buckets: Vec<Bucket> = histogram.buckets().collect();
+        let bucket = |from, to, count| Bucket { from, to, count };
+        assert_eq!(buckets[..2], [bucket(3, 3, 2), bucket(64, 65, 2)]);
+        let last = buckets[2];
+        assert!(last.count == 1 && (last.from..=last.to).contains(&1_000_000));
+        assert_eq!(buckets.len(), 3);
     }
 
     #[test]

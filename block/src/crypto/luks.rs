@@ -4,14 +4,17 @@
 //! A message about a field begins with the words QEMU uses, followed by field, value and
 //! expectation in parentheses.
 
-use std::{fmt::Display, time::Duration};
+mod fields;
+
+use std::time::Duration;
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
+use self::fields::*;
 use super::{
     SECTOR_SIZE, SectorCipher, af,
-    cipher::{CipherAlgorithm, CipherMode, CipherSpec, IvGenerator},
+    cipher::{CipherSpec, IvGenerator},
     fill_random,
     hash::HashAlgorithm,
 };
@@ -38,22 +41,6 @@ const SALT_LEN: usize = 32;
 
 const SLOT_ENABLED: u32 = 0x00ac_71f3;
 const SLOT_DISABLED: u32 = 0x0000_dead;
-
-// Where the fields of the header are.
-const VERSION: usize = 6;
-const CIPHER_NAME: usize = 8;
-const CIPHER_MODE: usize = 40;
-const HASH_SPEC: usize = 72;
-const NAME_LEN: usize = 32;
-const PAYLOAD_OFFSET: usize = 104;
-const KEY_BYTES: usize = 108;
-const MK_DIGEST: usize = 112;
-const MK_SALT: usize = 132;
-const MK_ITERATIONS: usize = 164;
-const UUID: usize = 168;
-const UUID_LEN: usize = 40;
-const SLOTS: usize = 208;
-const SLOT_LEN: usize = 48;
 
 /// How a new LUKS volume is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,47 +133,6 @@ fn material_len(key_len: usize) -> u64 {
 
 fn material_room(key_len: usize) -> u64 {
     material_len(key_len).next_multiple_of(MATERIAL_ALIGNMENT)
-}
-
-fn bad_field(text: &str, field: &str, value: impl Display, expected: impl Display) -> Error {
-    Error::invalid_image(format!(
-        "{text} (field {field}: value {value}, expected {expected})"
-    ))
-}
-
-fn be32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut out = [0; N];
-    out.copy_from_slice(&bytes[at..at + N]);
-    out
-}
-
-/// A text field, which must end with a null byte.
-fn text<'a>(bytes: &'a [u8], at: usize, field: &str) -> Result<&'a str> {
-    let bytes = &bytes[at..at + NAME_LEN];
-    let end = bytes.iter().position(|byte| *byte == 0);
-    let end = end.ok_or_else(|| {
-        bad_field(
-            &format!(
-                "LUKS header {} is not NUL terminated",
-                field.replace('-', " ")
-            ),
-            field,
-            String::from_utf8_lossy(bytes).escape_debug(),
-            format_args!("at most {} bytes", NAME_LEN - 1),
-        )
-    })?;
-    std::str::from_utf8(&bytes[..end]).map_err(|_| {
-        bad_field(
-            "LUKS header has a name that is no text",
-            field,
-            String::from_utf8_lossy(&bytes[..end]).escape_debug(),
-            "UTF-8",
-        )
-    })
 }
 
 impl LuksHeader {
@@ -530,90 +476,6 @@ impl LuksHeader {
             .pbkdf2(password, &slot.salt, slot.iterations, &mut key);
         SectorCipher::new(self.spec, &key)
     }
-}
-
-fn parse_hash(name: &str) -> Result<HashAlgorithm> {
-    HashAlgorithm::from_name(name).ok_or_else(|| {
-        Error::unsupported(format!(
-            "Hash algorithm '{name}' is not supported (field hash-spec: value {name}, expected one \
-             of {})",
-            HashAlgorithm::ALL.map(HashAlgorithm::name).join(", ")
-        ))
-    })
-}
-
-/// `cipher-mode` is `MODE-IV[:HASH]`.
-fn parse_spec(name: &str, mode_spec: &str, key_bytes: u32) -> Result<CipherSpec> {
-    let Some((mode_name, iv)) = mode_spec.split_once('-') else {
-        return Err(bad_field(
-            &format!("Unexpected cipher mode string format '{mode_spec}'"),
-            "cipher-mode",
-            mode_spec,
-            "MODE-IV[:HASH]",
-        ));
-    };
-    let (iv_name, iv_hash) = match iv.split_once(':') {
-        Some((iv, hash)) => (iv, Some(parse_hash(hash)?)),
-        None => (iv, None),
-    };
-    let unsupported = |what: &str, name: &str| {
-        Error::unsupported(format!(
-            "{what} '{name}' is not supported (field cipher-mode: value {mode_spec})"
-        ))
-    };
-    let mode =
-        CipherMode::from_name(mode_name).ok_or_else(|| unsupported("Cipher mode", mode_name))?;
-    let iv = IvGenerator::from_name(iv_name).ok_or_else(|| unsupported("IV generator", iv_name))?;
-    let key_len = key_bytes as usize;
-    let one_key = match mode {
-        CipherMode::Xts if key_len.is_multiple_of(2) => key_len / 2,
-        CipherMode::Xts => 0,
-        CipherMode::Cbc | CipherMode::Ecb => key_len,
-    };
-    let algorithm = CipherAlgorithm::from_luks(name, one_key).ok_or_else(|| {
-        Error::unsupported(format!(
-            "Algorithm '{name}' with key size {one_key} bytes not supported (fields cipher-name, \
-             key-bytes: values {name}, {key_bytes})"
-        ))
-    })?;
-    let spec = CipherSpec {
-        algorithm,
-        mode,
-        iv,
-        iv_hash,
-    };
-    spec.check()?;
-    Ok(spec)
-}
-
-fn parse_slots(bytes: &[u8]) -> Result<[KeySlot; KEY_SLOTS]> {
-    let mut slots = [KeySlot {
-        active: false,
-        iterations: 0,
-        key_offset: 0,
-        stripes: 0,
-        salt: [0; SALT_LEN],
-    }; KEY_SLOTS];
-    for (index, slot) in slots.iter_mut().enumerate() {
-        let at = SLOTS + index * SLOT_LEN;
-        let state = be32(bytes, at);
-        if state != SLOT_ENABLED && state != SLOT_DISABLED {
-            return Err(bad_field(
-                &format!("Keyslot {index} state (active/disable) is corrupted"),
-                &format!("key-slot-{index} active"),
-                format_args!("{state:#x}"),
-                format_args!("{SLOT_ENABLED:#x} or {SLOT_DISABLED:#x}"),
-            ));
-        }
-        *slot = KeySlot {
-            active: state == SLOT_ENABLED,
-            iterations: be32(bytes, at + 4),
-            key_offset: u64::from(be32(bytes, at + 40)) * SECTOR_SIZE,
-            stripes: be32(bytes, at + 44),
-            salt: array(bytes, at + 8),
-        };
-    }
-    Ok(slots)
 }
 
 /// A number of iterations that is at least the usual minimum and at most `max`.

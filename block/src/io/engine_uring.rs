@@ -29,7 +29,9 @@
 //! ring tries by itself without waiting before it hands an operation to one of its workers. Files on
 //! tmpfs and ramfs do not: their file systems cannot try, so the ring would hand every operation to
 //! a worker at five to ten times the cost of copying the bytes. Their operations are done in
-//! [`start`](Engine::start), where nothing but swapping can make them wait.
+//! [`start`](Engine::start), where nothing but swapping can make them wait. Writes through the page
+//! cache of a file system that cannot try them go to a thread beside the ring, a batch at a time
+//! ([`uring_writer`](super::uring_writer)).
 //!
 //! # What the kernel owns
 //! An operation occupies a slot from `start` until its completion was reaped; slots bound the
@@ -49,10 +51,12 @@ use std::{
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::{
-    Engine, EngineFile, EngineKind, HostFile, HostOp, Segment, Started, Token,
-    sys::{self, FileTable, MAX_TRANSFER, Notifier},
+    Engine, EngineFile, EngineKind, HostFile, HostOp, Started, Token,
+    sys::{self, FileTable, Notifier},
+    uring_entry::{Kind, MAX_TIMEOUT, Target, entry},
     uring_memory::RegisteredMemory,
     uring_setup,
+    uring_writer::{Write, Writer},
 };
 use crate::{Error, Result};
 
@@ -61,9 +65,6 @@ const WAKE: u64 = u64::MAX;
 
 /// Attempts to submit when the kernel is out of memory and nothing is in flight that could free it.
 const SUBMIT_ATTEMPTS: u32 = 1000;
-
-/// The longest timeout handed to the kernel; a wait may end early anyway.
-const MAX_TIMEOUT: Duration = Duration::from_secs(1 << 31);
 
 /// How an io_uring engine works.
 #[derive(Clone, Copy, Debug, Default)]
@@ -77,20 +78,10 @@ pub struct UringOptions {
     pub compatible: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Touches a file, and perhaps memory of the caller.
-    File,
-    Timer,
-    Watch,
-}
-
-/// The file of an operation, as an entry names it.
-#[derive(Clone, Copy)]
-struct Target {
-    fd: RawFd,
-    unit: usize,
-    flags: squeue::Flags,
+/// Whether a file system that waits for a write would have it done by a worker of the kernel for no
+/// other reason. One that waits for the disk as well is the kernel's: it would hold up all others.
+fn is_plain_write(op: &HostOp<'_>) -> bool {
+    matches!(op, HostOp::Write { dsync: false, .. })
 }
 
 /// An operation in flight.
@@ -114,7 +105,10 @@ pub struct UringEngine {
     /// Operations in flight that must end before the engine does.
     unfinished: usize,
     memory: RegisteredMemory,
-    notifier: Notifier,
+    notifier: Arc<Notifier>,
+    /// For writes that the ring cannot try; started with the first.
+    writer: Option<Writer>,
+    written: Vec<(u32, i32)>,
     /// Somebody may sleep on the notifier.
     announced: Cell<bool>,
     /// The engine's own poll of the notifier is in the ring.
@@ -145,7 +139,8 @@ impl UringEngine {
         }
         let depth = depth.clamp(1, 1 << 14);
         let ring = uring_setup::ring(depth, options.compatible)?;
-        let notifier = Notifier::new().map_err(|e| Error::from(e).operation("create eventfd"))?;
+        let notifier =
+            Arc::new(Notifier::new().map_err(|e| Error::from(e).operation("create eventfd"))?);
         let table = if options.compatible {
             0
         } else {
@@ -172,6 +167,8 @@ impl UringEngine {
             unfinished: 0,
             memory: RegisteredMemory::default(),
             notifier,
+            writer: None,
+            written: Vec::new(),
             wake_armed: false,
             options,
             _on_one_thread: PhantomData,
@@ -189,7 +186,8 @@ impl UringEngine {
     }
 
     fn completions_at_hand(&mut self) -> bool {
-        !self.ring.completion().is_empty()
+        let written = self.writer.as_ref().is_some_and(Writer::has_results);
+        written || !self.ring.completion().is_empty()
     }
 
     /// Puts an entry into the submission queue; `false` when it is full even after submitting.
@@ -205,108 +203,69 @@ impl UringEngine {
         self.submit().is_ok() && unsafe { self.ring.submission().push(entry) }.is_ok()
     }
 
-    /// The entry of a read or write of one or several segments.
-    fn transfer(
-        &self,
-        fd: RawFd,
-        offset: u64,
-        segments: &[Segment],
-        unit: usize,
-        write: Option<i32>,
-    ) -> squeue::Entry {
-        let fd = types::Fd(fd);
-        let segments = sys::prefix(segments, unit);
-        if let [segment] = segments {
-            let base = segment.as_ptr();
-            let len = segment.len().min(MAX_TRANSFER) as u32;
-            let fixed = self.memory.find(segment);
-            return match (write, fixed) {
-                (None, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
-                (None, Some(index)) => opcode::ReadFixed::new(fd, base, len, index)
-                    .offset(offset)
-                    .build(),
-                (Some(flags), None) => opcode::Write::new(fd, base, len)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-                (Some(flags), Some(index)) => opcode::WriteFixed::new(fd, base, len, index)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-            };
-        }
-        // A segment is laid out as an iovec.
-        let list = segments.as_ptr().cast();
-        let count = segments.len() as u32;
-        match write {
-            None => opcode::Readv::new(fd, list, count).offset(offset).build(),
-            Some(flags) => opcode::Writev::new(fd, list, count)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
+    fn submit_to_writer(&mut self) {
+        if let Some(writer) = &mut self.writer {
+            writer.submit();
         }
     }
 
-    /// The entry of an operation, without its user data; an engine result when it cannot be made.
-    fn entry(
+    /// Starts a write on the thread beside the ring.
+    ///
+    /// # Safety
+    /// As for [`Engine::start`].
+    unsafe fn start_on_writer(
         &mut self,
-        slot: u32,
+        token: Token,
         op: &HostOp<'_>,
-        target: Target,
-    ) -> Result<(squeue::Entry, Kind), i32> {
-        let Target { fd, unit, flags } = target;
-        // An offset of -1 means the current position to the kernel, others are negative.
-        let check = |offset: u64| i64::try_from(offset).map(|_| offset);
-        let (entry, kind) = match *op {
-            HostOp::Read {
-                offset, segments, ..
-            } => {
-                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
-                let entry = self.transfer(fd, offset, segments, unit, None);
-                (entry, Kind::File)
-            }
+        fd: RawFd,
+        unit: usize,
+    ) -> Started {
+        let (
+            Some(writer),
             HostOp::Write {
-                offset,
-                segments,
-                dsync,
-                ..
-            } => {
-                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
-                let rw = if dsync { libc::RWF_DSYNC } else { 0 };
-                let entry = self.transfer(fd, offset, segments, unit, Some(rw));
-                (entry, Kind::File)
-            }
-            HostOp::Sync { .. } => {
-                let fsync = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC);
-                (fsync.build(), Kind::File)
-            }
-            HostOp::Fallocate {
-                mode, offset, len, ..
-            } => {
-                let offset = check(offset).map_err(|_| -libc::EINVAL)?;
-                let len = check(len).map_err(|_| -libc::EINVAL)?;
-                let entry = opcode::Fallocate::new(types::Fd(fd), len)
-                    .offset(offset)
-                    .mode(sys::fallocate_flags(mode))
-                    .build();
-                (entry, Kind::File)
-            }
-            HostOp::Timer { after } => {
-                let place = &mut self.slots[slot as usize].timeout;
-                *place = types::Timespec::from(after.min(MAX_TIMEOUT));
-                (opcode::Timeout::new(place).build(), Kind::Timer)
-            }
-            HostOp::PollReadable { fd } => {
-                let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32);
-                (poll.build(), Kind::Watch)
-            }
+                offset, segments, ..
+            },
+        ) = (&mut self.writer, *op)
+        else {
+            return Started::Done(-libc::EINVAL);
         };
-        Ok((entry.flags(flags), kind))
+        let Some(index) = self.free.pop() else {
+            return Started::Full;
+        };
+        let write = Write {
+            slot: index,
+            fd,
+            unit,
+            offset,
+            segments,
+        };
+        // SAFETY: the caller keeps segments and memory.
+        unsafe { writer.start(write) };
+        let slot = &mut self.slots[index as usize];
+        slot.token = token;
+        slot.kind = Kind::File;
+        self.unfinished += 1;
+        Started::Pending
+    }
+
+    /// Takes what the thread beside the ring has done; returns how many operations ended.
+    fn drain_writer(&mut self, out: &mut Vec<(Token, i32)>) -> usize {
+        let Some(writer) = &self.writer else {
+            return 0;
+        };
+        writer.take(&mut self.written);
+        let ended = self.written.len();
+        for (index, result) in self.written.drain(..) {
+            out.push((self.slots[index as usize].token, result));
+            self.free.push(index);
+        }
+        self.unfinished -= ended;
+        ended
     }
 
     /// Takes what is in the completion queue; returns how many operations ended.
     fn drain(&mut self, out: &mut Vec<(Token, i32)>) -> usize {
-        let mut ended = 0;
+        let mut ended = self.drain_writer(out);
         let mut woken = false;
         for completion in self.ring.completion() {
             if completion.user_data() == WAKE {
@@ -401,6 +360,16 @@ impl Engine for UringEngine {
         sys::clear_nonblocking(fd)
             .map_err(|e| Error::from(e).operation("set file flags").path(file.path()))?;
         let index = self.files.insert(file);
+        if self.writer.is_none()
+            && self
+                .files
+                .get(index)
+                .is_some_and(|file| file.waits_to_write)
+        {
+            let writer = Writer::new(&self.notifier);
+            self.writer =
+                Some(writer.map_err(|error| Error::from(error).operation("start thread"))?);
+        }
         if index.0 < self.table {
             let update = self.ring.submitter().register_files_update(index.0, &[fd]);
             self.fixed[index.0 as usize] = matches!(update, Ok(1));
@@ -435,6 +404,11 @@ impl Engine for UringEngine {
                     // SAFETY: the caller vouches for the memory.
                     return Started::Done(unsafe { sys::perform(&self.files, &op) });
                 }
+                Some(known) if known.waits_to_write && is_plain_write(&op) => {
+                    let (fd, unit) = (known.fd, known.unit);
+                    // SAFETY: the caller keeps segments and memory.
+                    return unsafe { self.start_on_writer(token, &op, fd, unit) };
+                }
                 Some(known) if self.fixed.get(file.0 as usize) == Some(&true) => Target {
                     fd: file.0 as RawFd,
                     unit: known.unit,
@@ -455,7 +429,8 @@ impl Engine for UringEngine {
         let Some(index) = self.free.pop() else {
             return Started::Full;
         };
-        let (entry, kind) = match self.entry(index, &op, target) {
+        let place = &mut self.slots[index as usize].timeout;
+        let (entry, kind) = match entry(&op, target, &self.memory, place) {
             Ok(made) => made,
             Err(result) => {
                 self.free.push(index);
@@ -478,6 +453,7 @@ impl Engine for UringEngine {
     }
 
     fn submit(&mut self) -> io::Result<()> {
+        self.submit_to_writer();
         let mut attempts = 0;
         loop {
             let queued = self.ring.submission().len();
@@ -529,6 +505,7 @@ impl Engine for UringEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.submit_to_writer();
         if self.completions_at_hand() {
             return self.submit();
         }
@@ -574,9 +551,12 @@ impl Drop for UringEngine {
         // why the ring must not write it while it polls it.
         self.announced.set(false);
         self.ring.completion().disable_eventfd();
+        self.submit_to_writer();
         while self.unfinished > 0 {
             // The kernel may still write to memory of others: there is no way on but waiting.
-            if let Err(error) = self.wait_in_ring(None) {
+            if !self.completions_at_hand()
+                && let Err(error) = self.wait_in_ring(None)
+            {
                 if !std::mem::replace(&mut reported, true) {
                     tracing::error!(%error, "io_uring: cannot wait for operations in flight");
                 }

@@ -27,8 +27,10 @@ pub mod sim;
 mod slab;
 mod spare;
 mod sys;
+mod uring_entry;
 mod uring_memory;
 mod uring_setup;
+mod uring_writer;
 mod wake;
 
 pub use async_io::{AsyncIo, Completion, Request, RequestOp};

@@ -94,6 +94,8 @@ pub(crate) struct Registered {
     pub(crate) unit: usize,
     /// The file is on a memory file system.
     pub(crate) in_memory: bool,
+    /// Writes to the file cannot be tried without waiting.
+    pub(crate) waits_to_write: bool,
     /// Keeps it open.
     pub(crate) file: Arc<HostFile>,
 }
@@ -106,9 +108,15 @@ impl FileTable {
     /// Adds a file under a free index.
     pub(crate) fn insert(&mut self, file: &Arc<HostFile>) -> EngineFile {
         let fd = file.raw_fd().unwrap_or(-1);
+        let system = file_system(fd);
+        let in_memory = matches!(system, Some(TMPFS_MAGIC | RAMFS_MAGIC));
+        let cached = file.is_writable() && !file.is_direct() && !file.is_block_device();
         let registered = Some(Registered {
             fd,
-            in_memory: is_in_memory(fd),
+            in_memory,
+            waits_to_write: cached
+                && !in_memory
+                && !matches!(system, Some(XFS_MAGIC | BTRFS_MAGIC)),
             unit: file.alignment().offset.max(1) as usize,
             file: Arc::clone(file),
         });
@@ -318,19 +326,25 @@ pub(crate) unsafe fn perform(files: &FileTable, op: &HostOp<'_>) -> i32 {
     result.unwrap_or(-libc::EBADF)
 }
 
-/// Whether a file is in memory (tmpfs, ramfs): only swapping can make an operation on it wait.
-fn is_in_memory(fd: RawFd) -> bool {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+/// Memory file systems: only swapping can make an operation on their files wait.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+/// File systems that can try to write through the page cache without waiting (the kernel's
+/// `FOP_BUFFER_WASYNC`).
+const XFS_MAGIC: u64 = 0x5846_5342;
+const BTRFS_MAGIC: u64 = 0x9123_683e;
+
+/// The kind of file system that a file is on.
+fn file_system(fd: RawFd) -> Option<u64> {
     let mut statfs = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the kernel writes a structure of this size to a local variable.
     if unsafe { libc::fstatfs(fd, statfs.as_mut_ptr()) } != 0 {
-        return false;
+        return None;
     }
     // SAFETY: zeroed memory is a valid `statfs`, and the kernel filled it.
     let kind = unsafe { statfs.assume_init() }.f_type;
     // The width and the sign of the field differ between architectures.
-    matches!(kind as u64 & 0xffff_ffff, TMPFS_MAGIC | RAMFS_MAGIC)
+    Some(kind as u64 & 0xffff_ffff)
 }
 
 /// What `poll` is asked for a descriptor that becomes readable.

@@ -483,3 +483,44 @@ fn no_wake_up_is_lost_among_completions() {
         });
     }
 }
+
+#[test]
+fn no_end_of_a_write_is_lost() {
+    for rig in rigs() {
+        let file = rig.file();
+        let mut engine = rig.engine(32);
+        let id = engine.register(&file);
+        let data = Buffers::owned(AlignedBuf::from_slice(&pattern(BLOCK, 3)));
+        let begin = Instant::now();
+        // One more is always started while others are on their way.
+        let (mut started, mut ended) = (0u64, 0);
+        while ended < 2000 {
+            let batch = started % 7 + 1;
+            while started < 2000 && started - ended < batch {
+                let (_, state) = engine.start(HostOp::Write {
+                    file: id,
+                    offset: started % 64 * 4096,
+                    segments: data.segments(),
+                    dsync: started.is_multiple_of(100),
+                });
+                assert_ne!(state, Started::Full, "{}", rig.name);
+                started += 1;
+            }
+            if engine.done.is_empty() {
+                engine.sleep(Some(Duration::from_secs(10)));
+            }
+            engine.engine.reap(&mut engine.done);
+            for (_, result) in engine.done.drain(..) {
+                assert_eq!(result, 4096, "{}", rig.name);
+                ended += 1;
+            }
+            // An end that is not told shows as a wait of ten seconds.
+            let took = begin.elapsed();
+            assert!(
+                took < Duration::from_secs(9),
+                "{} {ended}: {took:?}",
+                rig.name
+            );
+        }
+    }
+}

@@ -1,4 +1,5 @@
 use super::*;
+use crate::crypto::cipher::{CipherAlgorithm, CipherMode};
 use crate::io::thread_time;
 
 const QUICK: Duration = Duration::from_millis(1);

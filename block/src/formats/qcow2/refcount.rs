@@ -3,10 +3,15 @@
 //! Everything here happens in memory, under one lock that is never held across I/O. Reference count
 //! blocks are read when they are needed and written by a flush, before the tables that rely on them.
 
+mod growth;
+mod width;
+
 use std::{collections::BTreeMap, sync::Mutex};
 
 use super::l2::{Geometry, hex};
 use crate::{Error, ErrorKind, FileId, Result, io::Io, sync::lock};
+
+pub(super) use width::{read_count, write_count};
 
 /// Bits 9 to 63 of a reference count table entry: where the block is.
 const BLOCK_OFFSET_MASK: u64 = !0x1ff;
@@ -285,115 +290,6 @@ impl Refcounts {
         self.add_regions(state, number, 1, 0)
     }
 
-    /// Takes regions that have no block yet: their blocks live together at the start of the first
-    /// one, and `more` clusters after them are in use too.
-    fn add_regions(
-        &self,
-        state: &mut State,
-        number: u64,
-        blocks: u64,
-        more: u64,
-    ) -> Result<(), Stop> {
-        let own = number * self.block_len();
-        let size = self.geometry.cluster_size() as usize;
-        for index in 0..blocks {
-            state.blocks.insert(
-                number + index,
-                Block {
-                    bytes: vec![0; size],
-                    // A block that was never written is written whole.
-                    dirty: Some((0, size)),
-                },
-            );
-            let offset = (own + index) << self.geometry.cluster_bits;
-            self.set_table(state, (number + index) as usize, offset);
-        }
-        let end = own + blocks + more;
-        for cluster in own..end {
-            self.set_count(state, cluster, 1)?;
-        }
-        state.virgin = state.virgin.max(end);
-        Ok(())
-    }
-
-    /// How many blocks count themselves and `more` clusters behind them.
-    fn blocks_for(&self, more: u64) -> u64 {
-        let mut blocks = 1;
-        while blocks * self.block_len() < blocks + more {
-            blocks = (blocks + more).div_ceil(self.block_len());
-        }
-        blocks
-    }
-
-    fn set_table(&self, state: &mut State, index: usize, entry: u64) {
-        state.table[index] = entry;
-        state.new_blocks.push(entry);
-        state.table_dirty = Some(match state.table_dirty {
-            Some((start, end)) => (start.min(index), end.max(index + 1)),
-            None => (index, index + 1),
-        });
-    }
-
-    /// Gives the table a larger place, in the region of the entry `index` that it gets: there the
-    /// blocks that count this place come first, then the table.
-    fn grow_table(&self, state: &mut State, index: usize) -> Result<(), Stop> {
-        let per_cluster = self.geometry.cluster_size() / 8;
-        let first = index as u64;
-        let mut blocks = 1;
-        let clusters = loop {
-            let wanted = (first + blocks).max(state.table.len() as u64 * 3 / 2);
-            let clusters = wanted.div_ceil(per_cluster);
-            if clusters * self.geometry.cluster_size() > super::header::MAX_REFCOUNT_TABLE_SIZE {
-                return Err(Error::with_message(
-                    ErrorKind::NoSpace,
-                    "the refcount table has its largest size; a larger cluster size is needed",
-                )
-                .into());
-            }
-            let needed = self.blocks_for(clusters);
-            if needed == blocks {
-                break clusters;
-            }
-            blocks = needed;
-        };
-        state.moved.push(OldTable {
-            offset: state.table_offset,
-            clusters: state.table_clusters,
-        });
-        state.table.resize((clusters * per_cluster) as usize, 0);
-        self.add_regions(state, first, blocks, clusters)?;
-        state.table_offset = (first * self.block_len() + blocks) << self.geometry.cluster_bits;
-        state.table_clusters = clusters;
-        state.table_dirty = Some((0, state.table.len()));
-        Ok(())
-    }
-
-    /// Takes a run that is longer than one block can count: behind everything, after its blocks.
-    fn allocate_regions(&self, state: &mut State, wanted: u64) -> Result<Run, Stop> {
-        let blocks = self.blocks_for(wanted);
-        loop {
-            // Behind the last region that has a block.
-            let counted = state
-                .table
-                .iter()
-                .rposition(|entry| entry & BLOCK_OFFSET_MASK != 0)
-                .map_or(0, |last| last as u64 + 1);
-            let number = counted.max(state.virgin.div_ceil(self.block_len()));
-            let last = number + blocks - 1;
-            let index = usize::try_from(last).map_err(|_| Error::new(ErrorKind::NoSpace))?;
-            if index >= state.table.len() {
-                self.grow_table(state, index)?;
-                continue;
-            }
-            self.add_regions(state, number, blocks, wanted)?;
-            return Ok(Run {
-                first: number * self.block_len() + blocks,
-                count: wanted,
-                virgin: true,
-            });
-        }
-    }
-
     /// Allocates up to `wanted` contiguous clusters: the first free run found, which may be
     /// shorter unless `exact`.
     pub(super) async fn allocate(&self, io: &Io, wanted: u64, exact: bool) -> Result<Run> {
@@ -666,67 +562,5 @@ impl Refcounts {
     pub(super) fn is_dirty(&self) -> bool {
         let state = lock(&self.state);
         state.table_dirty.is_some() || state.blocks.values().any(|block| block.dirty.is_some())
-    }
-}
-
-/// Reads a count of `1 << order` bits.
-pub(super) fn read_count(bytes: &[u8], order: u32, index: u64) -> u64 {
-    let index = index as usize;
-    if order < 3 {
-        let width = 1usize << order;
-        let bit = index * width;
-        let mask = (1u16 << width) - 1;
-        return u64::from(u16::from(bytes[bit / 8]) >> (bit % 8) & mask);
-    }
-    let width = 1usize << (order - 3);
-    bytes[index * width..(index + 1) * width]
-        .iter()
-        .fold(0, |value, byte| value << 8 | u64::from(*byte))
-}
-
-/// Writes a count of `1 << order` bits.
-pub(super) fn write_count(bytes: &mut [u8], order: u32, index: u64, count: u64) {
-    let index = index as usize;
-    if order < 3 {
-        let width = 1usize << order;
-        let bit = index * width;
-        let mask = ((1u16 << width) - 1) as u8;
-        let byte = &mut bytes[bit / 8];
-        *byte = *byte & !(mask << (bit % 8)) | (count as u8 & mask) << (bit % 8);
-        return;
-    }
-    let width = 1usize << (order - 3);
-    let value = count.to_be_bytes();
-    bytes[index * width..(index + 1) * width].copy_from_slice(&value[8 - width..]);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counts_of_every_width_round_trip() {
-        for order in 0..=6 {
-            let bits = 1u32 << order;
-            let max = if bits == 64 {
-                u64::MAX
-            } else {
-                (1 << bits) - 1
-            };
-            let mut bytes = vec![0; 64];
-            let places = 512 / u64::from(bits);
-            for index in 0..places {
-                write_count(&mut bytes, order, index, max);
-                assert_eq!(read_count(&bytes, order, index), max, "{order} {index}");
-                write_count(&mut bytes, order, index, index & max);
-            }
-            for index in 0..places {
-                assert_eq!(
-                    read_count(&bytes, order, index),
-                    index & max,
-                    "{order} {index}"
-                );
-            }
-        }
     }
 }

@@ -1,0 +1,137 @@
+//! What the host has to do for an access or a flush of the guest.
+
+use block::{Disk, DiskFile as _, OpenOptions};
+use platter_benches::{
+    Direction, Result, Work,
+    counting::{Counted, CountingHost},
+    fio::{Fio, Replay},
+    qemu::{QemuBench, image_opts},
+    side::{Load as _, Side, Stop},
+    strace,
+    stride::{Pattern, Strided},
+};
+
+use super::{L2_CACHE, Lab, Set, format_of, fresh::Fresh, how};
+
+/// What is written to.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// In place.
+    Stays(Set),
+    /// To an image made anew.
+    Fresh(Fresh),
+}
+
+/// Host operations, for each write of the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PerWrite {
+    pub(super) writes: f64,
+    pub(super) bytes: f64,
+    pub(super) flushes: f64,
+}
+
+/// Writes of the shorter and of the longer run: what both have in common (opening, closing) cancels out.
+const SHORT: u64 = 512;
+const LONG: u64 = 1536;
+
+/// Accesses whose reads are done again by fio.
+const REPLAYED: u64 = 16384;
+
+impl Lab {
+    /// The operations that we do; the pattern need not flush.
+    pub(super) fn operations(
+        &self,
+        target: Target,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<PerWrite> {
+        let run = |ios| -> Result<Counted> {
+            let (path, format) = match target {
+                Target::Stays(set) => (self.path(set, work.direct)?, format_of(set)),
+                Target::Fresh(fresh) => self.remake(fresh, "fresh.ours", work.size)?,
+            };
+            let host = CountingHost::new();
+            let counts = host.counts();
+            let open: OpenOptions = how(format, work.direct);
+            let disk: Disk = open.open_on(&path, host)?;
+            let mut load = Strided::new(&disk, work, pattern)?;
+            load.run(Stop::After(ios), 1)?;
+            drop(load);
+            disk.close()?;
+            Ok(counts.now())
+        };
+        let (short, long) = (run(SHORT)?, run(LONG)?);
+        let per_write =
+            |short: u64, long: u64| (long.saturating_sub(short)) as f64 / (LONG - SHORT) as f64;
+        Ok(PerWrite {
+            writes: per_write(short.writes, long.writes),
+            bytes: per_write(short.written, long.written),
+            flushes: per_write(short.flushes, long.flushes),
+        })
+    }
+
+    /// What the host can do with the reads that we do: fio, with each of them. And how many of its reads
+    /// one of ours is.
+    pub(super) fn same_reads(
+        &self,
+        set: Set,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<(Box<dyn Side>, f64)> {
+        let path = self.path(set, work.direct)?;
+        let host = CountingHost::new();
+        let counts = host.counts();
+        let disk: Disk = how(format_of(set), work.direct).open_on(&path, host)?;
+        let mut load = Strided::new(&disk, work, pattern)?;
+        let _ = counts.take_reads();
+        let ios = load.run(Stop::After(REPLAYED), 1)?;
+        let reads = counts.take_reads();
+        let log = self.dir.path().join("reads");
+        let replay = Replay::new(&path, &reads, work.depth, &log)?;
+        Ok((Box::new(replay), reads.len() as f64 / ios as f64))
+    }
+
+    /// Host flushes of QEMU for each flush of the guest, as strace counts them.
+    pub(super) fn qemu_flushes(&self, target: Target, work: Work, pattern: Pattern) -> Result<f64> {
+        let run = |ios| -> Result<u64> {
+            let (path, format) = match target {
+                Target::Stays(set) => (self.path(set, work.direct)?, format_of(set)),
+                Target::Fresh(fresh) => self.remake(fresh, "fresh.qemu", work.size)?,
+            };
+            // Flushes of a thread are system calls; the ring's are not.
+            let image = image_opts(format.name(), &path, "threads", work.direct, L2_CACHE);
+            let bench = QemuBench::command(
+                &self.options.qemu.join("qemu-img"),
+                &image,
+                (&work, &pattern),
+                ios,
+            );
+            strace::flushes(&bench, &self.dir.path().join("strace"))
+        };
+        let flushes = (LONG - SHORT) / pattern.flush_every;
+        Ok((run(LONG)?.saturating_sub(run(SHORT)?)) as f64 / flushes as f64)
+    }
+
+    /// What the host can do with the operations that we do: fio with as many writes of that size, and as
+    /// many flushes, on a file that is there. And how many of its writes one of ours is.
+    pub(super) fn same_operations(
+        &self,
+        work: Work,
+        each: PerWrite,
+    ) -> Result<(Box<dyn Side>, f64)> {
+        let writes = each.writes.max(1.0);
+        let size = (each.bytes / writes / 4096.0).round().max(1.0) as u64 * 4096;
+        let work = Work {
+            direction: Direction::Write,
+            block: size,
+            ..work
+        };
+        let every = if each.flushes > 0.0 {
+            (writes / each.flushes).round().max(1.0) as u64
+        } else {
+            0
+        };
+        let fio: Fio = self.fio(work)?.flush_every(every);
+        Ok((Box::new(fio), writes))
+    }
+}

@@ -1,0 +1,87 @@
+//! qcow2 in place: beside our raw disk, QEMU, and the crates.
+
+use block::Format;
+use platter_benches::{Direction, report::Bars};
+
+use super::{DIRECTIONS, Rows, STEP, Sides, cache, steps, word};
+use crate::peers_lab::Set;
+
+const IMAGE: Set = Set::Plain(Format::Qcow2);
+
+pub(super) fn add(rows: &mut Rows) {
+    beside_raw(rows);
+    beside_qemu(rows);
+    beside_crates(rows);
+    cold_metadata(rows);
+}
+
+fn beside_raw(rows: &mut Rows) {
+    for direct in [true, false] {
+        for direction in DIRECTIONS {
+            for depth in [1, 32, 128] {
+                let name = format!("qcow2 {} {} {depth}, raw", word(direction), cache(direct));
+                rows.add(name, move |bench, name| {
+                    let work = bench.work(direction, direct, depth);
+                    let ours = bench.lab.random(IMAGE, work)?;
+                    let peer = bench.lab.random(Set::Plain(Format::Raw), work)?;
+                    let sides = Sides::new(("Qcow2Async", ours), ("RawAsync", peer));
+                    bench.compare(name, Bars::rate(0.95), sides)
+                });
+            }
+        }
+    }
+}
+
+fn beside_qemu(rows: &mut Rows) {
+    for direct in [true, false] {
+        for depth in [1, 32, 128] {
+            let name = format!("qcow2 read {} {depth}, QEMU", cache(direct));
+            rows.add(name, move |bench, name| {
+                let work = bench.work(Direction::Read, direct, depth);
+                let ours = bench.lab.strided(IMAGE, work, steps(STEP, 0))?;
+                let peer = bench.lab.qemu_bench(IMAGE, work, steps(STEP, 0))?;
+                let sides = Sides::new(("Qcow2Async", ours), ("qemu-img", peer));
+                bench.compare(name, Bars::rate(2.0), sides.host(bench.lab.fio(work)?, 1.0))
+            });
+        }
+    }
+}
+
+fn beside_crates(rows: &mut Rows) {
+    for direct in [true, false] {
+        for depth in [1, 32, 128] {
+            for peer in ["imago", "qcow2-rs"] {
+                let name = format!("qcow2 read {} {depth}, {peer}", cache(direct));
+                rows.add(name, move |bench, name| {
+                    let work = bench.work(Direction::Read, direct, depth);
+                    let ours = bench.lab.random(IMAGE, work)?;
+                    let side = match peer {
+                        "imago" => bench.lab.imago(work)?,
+                        _ => bench.lab.qcow2_rs(work)?,
+                    };
+                    let sides = Sides::new(("Qcow2Async", ours), (peer, side));
+                    bench.compare(name, Bars::rate(2.0), sides.host(bench.lab.fio(work)?, 1.0))
+                });
+            }
+        }
+    }
+}
+
+fn cold_metadata(rows: &mut Rows) {
+    // An odd number of slices and blocks: each access needs a slice that was not needed lately.
+    let pattern = steps((32 << 20) * 37 + 4096, 0);
+    for (depth, bar) in [(1, 1.0), (32, 2.0)] {
+        let name = format!("qcow2 read direct {depth}, cold metadata, QEMU");
+        rows.add(name, move |bench, name| {
+            let mut work = bench.work(Direction::Read, true, depth);
+            work.size = 1 << 40;
+            let ours = bench.lab.strided(Set::Huge, work, pattern)?;
+            let peer = bench.lab.qemu_bench(Set::Huge, work, pattern)?;
+            let sides = Sides {
+                host: Some(bench.lab.same_reads(Set::Huge, work, pattern)?),
+                ..Sides::new(("Qcow2Async", ours), ("qemu-img", peer))
+            };
+            bench.compare(name, Bars::rate(bar), sides)
+        });
+    }
+}

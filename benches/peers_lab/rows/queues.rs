@@ -1,0 +1,101 @@
+//! Two queues beside one.
+
+use block::Format;
+use platter_benches::{
+    Direction, Result, Work,
+    cases::{Case, MAPPED},
+    lanes::Lanes,
+    load::Straight,
+    report::pairs,
+    side::Side,
+    table::{Bar, Entry, Measure},
+};
+use std::sync::Arc;
+
+use super::{Bench, DIRECTIONS, Rows, word};
+use crate::peers_lab::Set;
+
+pub(super) fn add(rows: &mut Rows) {
+    for direction in DIRECTIONS {
+        let name = format!("two queues, qcow2 {} in memory", word(direction));
+        rows.add(name, move |bench, name| in_memory(bench, name, direction));
+    }
+    for direction in DIRECTIONS {
+        let name = format!("two queues, qcow2 {} cached, fio", word(direction));
+        rows.add(name, move |bench, name| cached(bench, name, direction));
+    }
+}
+
+/// Files that are memory: what mapping and queues cost.
+fn in_memory(bench: &Bench, name: &str, direction: Direction) -> Result<Entry> {
+    let case: &Case = &MAPPED;
+    let work = Work {
+        size: case.work().size,
+        ..bench.work(direction, false, 32)
+    };
+    let disk = Arc::new(case.disk()?);
+    let lanes = |count| {
+        let disk = Arc::clone(&disk);
+        Lanes::start(count, move || Straight::new(&**disk, work))
+    };
+    let (mut one, mut two) = (lanes(1)?, lanes(2)?);
+    let gains = bench.gains(&mut one, &mut two)?;
+    let measure = Measure::of_pairs("kIOPS, peer: one queue", &gains);
+    let measures = vec![measure.bar(Bar::RatioAtLeast(1.8))];
+    let sides = ("two queues", "one queue");
+    Ok(Entry::new(name, sides, bench.pairs, measures))
+}
+
+/// A page-cached file: what fio gains by a second job is what there is to gain.
+fn cached(bench: &Bench, name: &str, direction: Direction) -> Result<Entry> {
+    let work = bench.work(direction, false, 32);
+    let image = Set::Plain(Format::Qcow2);
+    let mut one = bench.lab.lanes(image, work, 1)?;
+    let mut two = bench.lab.lanes(image, work, 2)?;
+    let mut fio_one = bench.lab.fio(work)?.jobs(1);
+    let mut fio_two = bench.lab.fio(work)?.jobs(2);
+    let (mut ours, mut fio) = (Vec::new(), Vec::new());
+    let all: [&mut dyn Side; 4] = [&mut *one, &mut *two, &mut fio_one, &mut fio_two];
+    for side in all {
+        side.slice(bench.slice / 2, 0)?;
+    }
+    let both = pairs(
+        bench.pairs,
+        |seed| bench.gain(&mut *one, &mut *two, seed),
+        |seed| bench.gain(&mut fio_one, &mut fio_two, seed),
+    )?;
+    let mut gains = Vec::new();
+    for (our, peer) in both {
+        gains.push((our.0 / our.1, peer.0 / peer.1));
+        ours.push(our);
+        fio.push(peer);
+    }
+    let measures = vec![
+        Measure::of_pairs("gain by a second queue", &gains).bar(Bar::RatioAtLeast(0.95)),
+        Measure::of_pairs("kIOPS, peer: one queue", &ours),
+        Measure::of_pairs("fio's kIOPS with two jobs, peer: one", &fio),
+    ];
+    Ok(Entry::new(
+        name,
+        ("Qcow2Async", "fio"),
+        bench.pairs,
+        measures,
+    ))
+}
+
+impl Bench {
+    /// Accesses a second with two queues and with one, in thousands.
+    fn gain(&self, one: &mut dyn Side, two: &mut dyn Side, seed: u64) -> Result<(f64, f64)> {
+        let of_one = one.slice(self.slice, seed)?.iops() / 1e3;
+        Ok((two.slice(self.slice, seed)?.iops() / 1e3, of_one))
+    }
+
+    fn gains(&self, one: &mut dyn Side, two: &mut dyn Side) -> Result<Vec<(f64, f64)>> {
+        one.slice(self.slice / 2, 0)?;
+        two.slice(self.slice / 2, 0)?;
+        let slice = |side: &mut dyn Side, seed| -> Result<f64> {
+            Ok(side.slice(self.slice, seed)?.iops() / 1e3)
+        };
+        pairs(self.pairs, |seed| slice(two, seed), |seed| slice(one, seed))
+    }
+}

@@ -1,0 +1,144 @@
+//! Disks that a server serves over vhost-user.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use block::Format;
+use platter_benches::{
+    Result, Work,
+    qemu::{AIO, QemuBench, image_opts},
+    server::{Server, cpu_of},
+    side::Side,
+    stride::Pattern,
+};
+
+use super::{L2_CACHE, Lab, Set, client::Client};
+
+impl Lab {
+    /// The image that is served.
+    pub(super) fn served_path(&self, format: Format, direct: bool) -> Result<PathBuf> {
+        self.path(Set::Plain(format), direct)
+    }
+
+    /// `platter serve` with an image.
+    pub(super) fn platter(&self, format: Format, direct: bool) -> Result<Server> {
+        let path = self.served_path(format, direct)?;
+        let socket = self.dir.path().join("ours.sock");
+        let _ = fs::remove_file(&socket);
+        let mut command = Command::new(&self.options.platter);
+        command.args(["serve", "vhost-user-blk", "-f", format.name()]);
+        command.arg("--socket").arg(&socket);
+        if direct {
+            command.arg("--direct");
+        }
+        Server::start(command.arg(&path), &socket)
+    }
+
+    /// `qemu-storage-daemon` with an image.
+    fn daemon(&self, path: &Path, format: Format, aio: &str, direct: bool) -> Result<Server> {
+        let socket = self.dir.path().join("peer.sock");
+        let _ = fs::remove_file(&socket);
+        let image = image_opts(format.name(), path, aio, direct, L2_CACHE);
+        let mut command = Command::new(self.options.qemu.join("qemu-storage-daemon"));
+        command
+            .args(["--object", "iothread,id=io"])
+            .args([
+                "--blockdev",
+                &format!("{image},node-name=disk,discard=unmap"),
+            ])
+            .arg("--export")
+            .arg(format!(
+                "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},\
+                 writable=on,num-queues=1,iothread=io",
+                socket.display()
+            ));
+        Server::start(&mut command, &socket)
+    }
+
+    /// The daemon with whatever host I/O is best: `rate` tries one and says how good it is.
+    fn best_daemon<T>(
+        &self,
+        format: Format,
+        direct: bool,
+        client: impl Fn(Server) -> Result<T>,
+        rate: impl Fn(&mut T) -> Result<f64>,
+    ) -> Result<T> {
+        let path = self.served_path(format, direct)?;
+        let mut best: Option<(f64, &str)> = None;
+        for aio in AIO {
+            if aio == "native" && !direct {
+                continue;
+            }
+            let mut driven = client(self.daemon(&path, format, aio, direct)?)?;
+            let rate = rate(&mut driven)?;
+            if best.is_none_or(|(before, _)| before < rate) {
+                best = Some((rate, aio));
+            }
+        }
+        let (_, aio) = best.ok_or("no kind of host I/O works")?;
+        client(self.daemon(&path, format, aio, direct)?)
+    }
+
+    /// A disk that `platter serve` serves, driven by QEMU's client.
+    pub(super) fn served_by_platter(
+        &self,
+        format: Format,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<Box<dyn Side>> {
+        self.client(self.platter(format, work.direct)?, work, pattern)
+    }
+
+    /// A disk that `qemu-storage-daemon` serves, driven by QEMU's client.
+    pub(super) fn served_by_qemu(
+        &self,
+        format: Format,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<Box<dyn Side>> {
+        self.best_daemon(
+            format,
+            work.direct,
+            |server| self.client(server, work, pattern),
+            |side| {
+                side.slice(Duration::from_millis(200), 0)?;
+                Ok(side.slice(Duration::from_millis(300), 0)?.iops())
+            },
+        )
+    }
+
+    /// The same two, each driven by the other client, one access at a time.
+    pub(super) fn one_by_one(&self, format: Format, work: Work) -> Result<(Client, Client)> {
+        let ours = Client::new(self.platter(format, work.direct)?, work)?;
+        let peer = self.best_daemon(
+            format,
+            work.direct,
+            |server| Client::new(server, work),
+            |client| {
+                client.slice(Duration::from_millis(200), 0)?;
+                Ok(1.0 / client.slice(Duration::from_millis(300), 0)?.p50)
+            },
+        )?;
+        Ok((ours, peer))
+    }
+
+    fn client(&self, server: Server, work: Work, pattern: Pattern) -> Result<Box<dyn Side>> {
+        let image = format!(
+            "driver=virtio-blk-vhost-user,cache.direct=on,path={}",
+            server.socket.display()
+        );
+        // The client knows no page cache.
+        let work = Work {
+            direct: true,
+            ..work
+        };
+        let bench = QemuBench::new(&self.options.client, image, work, pattern)?;
+        Ok(Box::new(
+            bench.worker(Box::new(move || cpu_of(server.pid()))),
+        ))
+    }
+}

@@ -1,0 +1,107 @@
+//! Sides on images that stay: ours, fio, `qemu-img bench`, the crates.
+
+use std::{sync::Arc, time::Duration};
+
+use block::Format;
+use platter_benches::{
+    Result, Work,
+    fio::Fio,
+    lanes::Lanes,
+    load::Straight,
+    qemu::{AIO, QemuBench, image_opts},
+    side::{OnThread, Side},
+    stride::{Pattern, Strided},
+};
+
+use super::{L2_CACHE, Lab, Set, bare_codec::BareCodec, crates, format_of, open};
+
+/// A side of any kind.
+pub(super) type AnySide = Box<dyn Side>;
+
+impl Lab {
+    /// Random accesses by us; every mapping table is read before.
+    pub(crate) fn random(&self, set: Set, work: Work) -> Result<Box<dyn Side>> {
+        let path = self.path(set, work.direct)?;
+        let format = format_of(set);
+        Ok(Box::new(OnThread::start(move || {
+            Straight::new(&open(&path, format, work.direct)?, work)
+        })?))
+    }
+
+    /// Accesses by us in steps.
+    pub(crate) fn strided(&self, set: Set, work: Work, pattern: Pattern) -> Result<Box<dyn Side>> {
+        let path = self.path(set, work.direct)?;
+        let format = format_of(set);
+        Ok(Box::new(OnThread::start(move || {
+            Strided::new(&open(&path, format, work.direct)?, work, pattern)
+        })?))
+    }
+
+    /// Random reads by the crate imago.
+    pub(crate) fn imago(&self, work: Work) -> Result<Box<dyn Side>> {
+        let path = self.path(Set::Plain(Format::Qcow2), work.direct)?;
+        let make = move || crates::Imago::new(&path, work);
+        Ok(Box::new(OnThread::start(make)?))
+    }
+
+    /// Random reads by the crate qcow2-rs.
+    pub(crate) fn qcow2_rs(&self, work: Work) -> Result<Box<dyn Side>> {
+        let path = self.path(Set::Plain(Format::Qcow2), work.direct)?;
+        let make = move || crates::Qcow2Rs::new(&path, work);
+        Ok(Box::new(OnThread::start(make)?))
+    }
+
+    /// Random accesses by us on several queues, each on a processor of its own. The queues share the
+    /// disk.
+    pub(crate) fn lanes(&self, set: Set, work: Work, count: usize) -> Result<Box<dyn Side>> {
+        let disk = Arc::new(open(
+            &self.path(set, work.direct)?,
+            format_of(set),
+            work.direct,
+        )?);
+        let make = move || Straight::new(&*disk, work);
+        Ok(Box::new(Lanes::start(count, make)?))
+    }
+
+    /// Random accesses by fio on the raw image.
+    pub(crate) fn fio(&self, work: Work) -> Result<Fio> {
+        let path = self.path(Set::Plain(Format::Raw), work.direct)?;
+        Fio::new(&path, work)
+    }
+
+    /// The bare codec on the clusters of a compressed image.
+    pub(crate) fn bare_codec(
+        &self,
+        codec: &'static str,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<Box<dyn Side>> {
+        let path = self.path(Set::Compressed(codec), work.direct)?;
+        let make = move || BareCodec::new(&path, work, pattern);
+        Ok(Box::new(OnThread::start(make)?))
+    }
+
+    /// The same accesses by `qemu-img bench`, with whatever host I/O is fastest.
+    pub(crate) fn qemu_bench(
+        &self,
+        set: Set,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<Box<dyn Side>> {
+        let path = self.path(set, work.direct)?;
+        let mut best: Option<QemuBench> = None;
+        for aio in AIO {
+            if aio == "native" && !work.direct {
+                continue;
+            }
+            let image = image_opts(format_of(set).name(), &path, aio, work.direct, L2_CACHE);
+            let program = self.options.qemu.join("qemu-img");
+            let mut bench = QemuBench::new(&program, image, work, pattern)?;
+            bench.slice(Duration::from_millis(300), 0)?;
+            if best.as_ref().is_none_or(|best| best.rate() < bench.rate()) {
+                best = Some(bench);
+            }
+        }
+        Ok(Box::new(best.ok_or("no kind of host I/O works")?))
+    }
+}
