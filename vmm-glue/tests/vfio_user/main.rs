@@ -11,6 +11,7 @@ mod ahci;
 mod ahci_driver;
 mod bus;
 mod client;
+mod forged;
 mod messages;
 mod migration;
 mod nvme;
