@@ -2,9 +2,11 @@
 
 use std::{path::PathBuf, sync::Arc, thread};
 
-use block::{AsyncDiskFile, Format, OpenOptions};
+use block::AsyncDiskFile;
 use clap::Args;
-use virtio_devices::nvme::{NamespaceConfig, NvmeConfig, PoolConfig, Subsystem, SubsystemConfig};
+use virtio_devices::nvme::{
+    NamespaceConfig, NvmeConfig, OpenImage, PoolConfig, Subsystem, SubsystemConfig,
+};
 use vm_memory::GuestMemoryAtomic;
 use vmm_glue::vfio_user::{
     NvmeFunction, NvmeFunctionConfig, StopSignals, VfioUserInterrupts, VfioUserMemory,
@@ -13,6 +15,7 @@ use vmm_glue::vfio_user::{
 
 use crate::{
     control::{self, NvmeControl},
+    grumble,
     image::{open, spec::ImageSpec},
     serve_vfio_user::VfioUserArgs,
     util::{
@@ -40,6 +43,13 @@ EXAMPLES
     platter ctl nvme.ctl add-namespace namespace=more.raw,format=raw
     platter ctl nvme.ctl resize nsid=1 size=80G
 
+  For a client that writes doorbells to memory without a message, as SPDK's does; the server uses a whole
+  processor from start to end:
+    platter serve nvme --socket nvme.sock --namespace disk.raw,format=raw --poll
+
+With --pool the guest creates namespaces itself, as images in that folder. They are there again at the next start with
+the same --pool, with their identifiers and attached to the same controllers, and count against the capacity.
+
 A namespace is IMAGE and options: format=FMT, lba=512|4096, nsid=N, readonly=on, sidecar=PATH, nguid=HEX,
 eui64=HEX, uuid=UUID. The sidecar is a file of its own that remembers what NVMe knows beyond the image: the
 block size that a format set, blocks marked uncorrectable, reservations that persist, a sanitize that runs.
@@ -60,6 +70,10 @@ pub(crate) struct NvmeArgs {
     /// Offer namespace management, with images in a folder: DIR,capacity=SIZE
     #[arg(long, value_name = "DIR,capacity=SIZE")]
     pool: Option<String>,
+    /// Let clients map the doorbells, and look at them all the time: a thread for each socket, which never
+    /// sleeps and takes a whole processor
+    #[arg(long)]
+    poll: bool,
     /// Serial number: at most 20 bytes
     #[arg(long, value_name = "SERIAL", default_value = "")]
     serial: String,
@@ -86,7 +100,7 @@ pub(crate) fn run(args: &NvmeArgs, persona: Persona) -> Outcome {
         serial: args.serial.clone(),
         model: String::new(),
         seed: seed(args),
-        pool: args.pool.as_deref().map(pool).transpose()?,
+        pool: pool(args, persona)?,
     })
     .map_err(failed)?;
     for text in &args.namespace {
@@ -130,6 +144,7 @@ fn serve(
                 ..NvmeConfig::default()
             },
             device: args.pci_id.1,
+            poll: args.poll,
         };
         let function = NvmeFunction::new(subsystem, config, &memory, interrupts.clone());
         let function = Arc::new(function.map_err(server_failed)?);
@@ -139,6 +154,12 @@ fn serve(
         server.once(args.common.once);
         servers.push(server);
         tracing::info!(socket = %socket.display(), "serving nvme");
+        if args.poll {
+            grumble!(
+                "platter: {}: --poll: looks at the doorbells all the time, and never sleeps",
+                socket.display()
+            );
+        }
     }
     // Gone before the servers are, and the disks are closed.
     let _control = match &args.common.control {
@@ -259,7 +280,10 @@ fn hex<const N: usize>(text: &str) -> Option<[u8; N]> {
 }
 
 /// `DIR,capacity=SIZE`.
-fn pool(text: &str) -> Result<PoolConfig, Failure> {
+fn pool(args: &NvmeArgs, persona: Persona) -> Result<Option<PoolConfig>, Failure> {
+    let Some(text) = &args.pool else {
+        return Ok(None);
+    };
     let bad = || Failure::new(format!("--pool {text}: expected DIR,capacity=SIZE"));
     let (folder, capacity) = text.rsplit_once(",capacity=").ok_or_else(bad)?;
     let folder = PathBuf::from(folder);
@@ -269,19 +293,29 @@ fn pool(text: &str) -> Result<PoolConfig, Failure> {
             folder.display()
         )));
     }
-    Ok(PoolConfig {
+    // Read and written as the images of the command line are.
+    let how = args.common.how(false)?;
+    let open: OpenImage = Arc::new(move |path| {
+        let name = path.to_str().ok_or("its name is no text")?;
+        let spec = ImageSpec::parse(name, false, Some("raw"), persona);
+        let spec = spec.map_err(|failure| failure.to_string())?;
+        Ok(open::open_quietly(&spec, &how, persona)?)
+    });
+    let reopen = Arc::clone(&open);
+    Ok(Some(PoolConfig {
         folder,
         capacity: size::parse(capacity).map_err(|_| bad())?,
-        create: Arc::new(|path, bytes| {
+        create: Arc::new(move |path, bytes| {
             // A sparse file is a raw image.
             let file = std::fs::OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .open(path)?;
             file.set_len(bytes)?;
-            OpenOptions::new().format(Format::Raw).open(path)
+            reopen(path)
         }),
-    })
+        open,
+    }))
 }
 
 #[cfg(test)]

@@ -50,6 +50,9 @@ pub enum Error {
     /// A saved state cannot be restored.
     #[error("saved state: {0}")]
     State(String),
+    /// The device did not come to rest in time.
+    #[error("the device is busy: {0}")]
+    Busy(String),
     /// The queue still has requests in flight.
     #[error("queue {queue} has {in_flight} requests in flight")]
     NotDrained {

@@ -44,6 +44,7 @@ fn with_pool(folder: &tempfile::TempDir) -> Setup {
             pool: Some(PoolConfig {
                 folder: folder.path().to_owned(),
                 capacity: 8 << 20,
+                open: Arc::new(|path| Err(format!("{} is not reopened", path.display()).into())),
                 create: Arc::new(|path, size| {
                     std::fs::write(path, b"")?;
                     Ok(Box::new(MockDisk::new(MockDiskConfig {

@@ -322,9 +322,6 @@ fn impossible_queues_are_refused() {
         guest.create_sq(1, 64, 1 | 9 << 16).status,
         Status::INVALID_QUEUE_ID
     );
-    assert_eq!(
-        guest.create_sq(1, 64, 1).status,
-        Status::COMPLETION_QUEUE_INVALID
-    );
+    assert_eq!(guest.create_sq(1, 64, 1).status, Status::INVALID_QUEUE_ID);
     assert!(guest.create_sq(1, 4096, 1 | 1 << 16).status.is_success());
 }

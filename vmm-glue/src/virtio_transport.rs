@@ -45,6 +45,8 @@ pub(crate) struct Transport<S: MemorySource> {
     interrupt: Arc<dyn Interrupt>,
     threads: Vec<QueueHandle<S>>,
     queues: Vec<TransportQueue>,
+    /// No queue may run: the device may not access memory.
+    held: bool,
     status: u32,
     driver_features: u64,
     pub(crate) device_features_sel: u32,
@@ -93,6 +95,7 @@ impl<S: MemorySource + Clone + Send + 'static> Transport<S> {
             interrupt,
             threads,
             queues,
+            held: false,
             status: 0,
             driver_features: 0,
             device_features_sel: 0,
@@ -129,6 +132,16 @@ impl<S: MemorySource + Clone + Send + 'static> Transport<S> {
     pub(crate) fn resume(&mut self) {
         if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.start_queues();
+        }
+    }
+
+    /// Whether queues may run at all; a transport that does not say so lets them.
+    pub(crate) fn set_bus_master(&mut self, on: bool) {
+        self.held = !on;
+        if on {
+            self.resume();
+        } else {
+            self.pause();
         }
     }
 
@@ -233,6 +246,9 @@ impl<S: MemorySource + Clone + Send + 'static> Transport<S> {
 
     /// Starts every queue that the driver made ready. One that cannot run needs a reset.
     fn start_queues(&mut self) {
+        if self.held {
+            return;
+        }
         let event_idx = self.driver_features & feature::EVENT_IDX != 0;
         for (entry, thread) in self.queues.iter_mut().zip(&mut self.threads) {
             if !entry.queue.ready() || entry.running {

@@ -423,4 +423,65 @@ fn ahci_sends_one_message_or_raises_the_line() {
     assert!(signals.take().is_empty());
     plug();
     assert!(signals.take().contains(&(0xfee0_1000, 77)));
+    // A message is a write to memory: it waits for the bus master bit.
+    slot.write_config(0x04, &2_u16.to_le_bytes());
+    write(0x130, u32::MAX);
+    write(0x08, u32::MAX);
+    assert!(signals.take().is_empty());
+    plug();
+    assert!(signals.take().is_empty());
+    slot.write_config(0x04, &6_u16.to_le_bytes());
+    assert_eq!(signals.take(), [(0xfee0_1000, 77)]);
+}
+
+#[test]
+fn a_queue_does_nothing_until_its_function_may_access_memory() {
+    let guest = Guest::new(1);
+    guest.use_msix(2);
+    let mut drivers = guest.start(1, true);
+    guest.write_sector(0, &mut drivers[0], 0, 7);
+    eventually("the message", || !guest.signals.take().is_empty());
+    guest.disk.hold(true);
+    drivers[0].write(1, &[(DATA, 512)]).unwrap();
+    let _ = drivers[0].publish();
+    guest.kick(0);
+    eventually("the request", || guest.disk.held() == 1);
+    let disk = guest.disk.clone();
+    let release = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        disk.hold(false);
+        disk.release_all();
+    });
+    // What was begun has ended when the bit is clear.
+    assert!(guest.slot.write_config(0x04, &2_u16.to_le_bytes()).master);
+    release.join().unwrap();
+    let mut ended = 0;
+    drivers[0].poll(|_| ended += 1);
+    assert_eq!((ended, guest.signals.take().len()), (1, 1));
+    drivers[0].write(2, &[(DATA, 512)]).unwrap();
+    let _ = drivers[0].publish();
+    guest.kick(0);
+    thread::sleep(Duration::from_millis(50));
+    drivers[0].poll(|_| ended += 1);
+    assert_eq!(ended, 1);
+    guest.slot.write_config(0x04, &6_u16.to_le_bytes());
+    eventually("the request", || {
+        drivers[0].poll(|_| ended += 1);
+        ended == 2
+    });
+    eventually("its message", || !guest.signals.take().is_empty());
+    // A device that is reset and started without the bit starts with it.
+    guest.slot.write_config(0x04, &2_u16.to_le_bytes());
+    let mut drivers = guest.start(1, true);
+    drivers[0].write(3, &[(DATA, 512)]).unwrap();
+    let _ = drivers[0].publish();
+    guest.kick(0);
+    thread::sleep(Duration::from_millis(50));
+    drivers[0].poll(|_| ended += 1);
+    assert_eq!(ended, 2);
+    guest.slot.write_config(0x04, &6_u16.to_le_bytes());
+    eventually("the request", || {
+        drivers[0].poll(|_| ended += 1);
+        ended == 3
+    });
 }

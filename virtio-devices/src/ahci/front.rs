@@ -165,7 +165,7 @@ impl<S: MemorySource> FrontEnd for PortQueue<S> {
         }
         let mut taken = 0;
         let mut full = false;
-        if port.has_work() {
+        if port.has_work() && shared.may_access() {
             let before = port.interrupts();
             let memory = Arc::clone(&self.memory);
             let mut guest = BatchMemory::new(&memory, self.windows.0, self.windows.1);
@@ -234,7 +234,7 @@ impl<S: MemorySource> FrontEnd for PortQueue<S> {
         let shared = Arc::clone(&self.shared);
         let mut port = shared.port(self.index);
         port.wants_doorbell = true;
-        port.has_work()
+        (port.has_work() && shared.may_access())
             || port.drive_changes != self.drive_changes
             || (port.settling && self.outstanding == 0)
     }

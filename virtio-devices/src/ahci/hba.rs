@@ -54,6 +54,7 @@ impl Hba {
                     .map(|_| Mutex::new(Port::new(staggered)))
                     .collect(),
                 irq: Mutex::new(Irq::new(ccc_bit)),
+                no_dma: AtomicBool::new(false),
                 coalescing: AtomicBool::new(false),
                 stats: (0..config.ports).map(|_| Arc::default()).collect(),
                 on_tray: Mutex::new(None),
@@ -268,6 +269,18 @@ impl Hba {
         let stats = Arc::clone(&self.shared.stats[index as usize]);
         let front = PortQueue::new(Arc::clone(&self.shared), index, memory, stats);
         Ok(Worker::without_disk(front))
+    }
+
+    /// The bus master bit of the function: while it is clear, no command is taken and none is posted,
+    /// so that nothing accesses guest memory. Registers and resets work meanwhile. It is set at first.
+    /// Whoever clears it holds the workers while he does: one in the midst of a batch finishes it.
+    pub fn set_bus_master(&self, on: bool) {
+        self.shared.no_dma.store(!on, Ordering::SeqCst);
+        if on {
+            for index in 0..u32::from(self.config().ports) {
+                self.shared.port(index).ring();
+            }
+        }
     }
 
     /// Reset of the whole function: what [`GHC.HR`](Self::write) does.

@@ -80,6 +80,9 @@ impl<S: MemorySource> PortQueue<S> {
             return 0;
         }
         let shared = Arc::clone(&self.shared);
+        if !shared.may_access() {
+            return 0;
+        }
         let mut port = shared.port(self.index);
         let memory = Arc::clone(&self.memory);
         let mut guest = BatchMemory::new(&memory, self.windows.0, self.windows.1);

@@ -17,6 +17,8 @@ pub(super) struct Shared {
     pub(super) config: HbaConfig,
     pub(super) ports: Vec<Mutex<Port>>,
     pub(super) irq: Mutex<Irq>,
+    /// The bus master bit of the function is clear: no worker may access guest memory.
+    pub(super) no_dma: AtomicBool,
     /// Coalesced completions wait for their time.
     pub(super) coalescing: AtomicBool,
     pub(super) stats: Vec<Arc<QueueStats>>,
@@ -31,6 +33,11 @@ impl Shared {
     /// The port; it is locked before the interrupts, never after.
     pub(super) fn port(&self, index: u32) -> MutexGuard<'_, Port> {
         lock(&self.ports[index as usize])
+    }
+
+    /// Whether workers may access guest memory.
+    pub(super) fn may_access(&self) -> bool {
+        !self.no_dma.load(Ordering::SeqCst)
     }
 
     pub(super) fn irq(&self) -> MutexGuard<'_, Irq> {

@@ -1,6 +1,7 @@
 //! Abort (base specification 2.0, 5.1). The worker of a queue looks for the command and ends it, if
 //! the disk does not have it yet: it may still be in the submission queue, wait at the gate of its
-//! namespace or for the other half of its pair, or for room at the disk.
+//! namespace or for the other half of its pair, or for room at the disk. The Abort ends when the
+//! completion of what it aborted has been posted (5.1.1).
 
 use std::sync::Arc;
 
@@ -17,6 +18,15 @@ use crate::{
     memory::{QueueMemory, Window},
     worker::Batch,
 };
+
+/// What came of an Abort.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AbortReply {
+    /// Names the Abort.
+    token: u64,
+    /// The command that was aborted: it is posted before the Abort ends.
+    aborted: Option<u64>,
+}
 
 /// Dword 0 of an Abort: bit 0 says that the command was not aborted.
 fn dword(aborted: bool) -> u32 {
@@ -54,33 +64,42 @@ impl<S: MemorySource> NvmeQueues<S> {
         true
     }
 
-    /// Aborts a command of a queue of this worker, if that can be. What came of it is told when the
-    /// aborted command had its chance to be posted.
+    /// Aborts a command of a queue of this worker, if that can be.
     pub(super) fn abort_io(&mut self, queue: u16, cid: u16, token: u64, batch: &mut Batch) {
         if self.resetting {
             // The reset ends the Abort as well.
             return;
         }
-        let aborted = match self.slots.in_flight(queue, cid) {
-            Some(index) => self.abort_taken(index, batch),
-            None => self.abort_posted(queue, cid),
+        let target = match self.slots.in_flight(queue, cid) {
+            Some(index) => Some(index).filter(|_| self.abort_taken(index, batch)),
+            None => self.abort_waiting(queue, cid),
         };
-        self.abort_replies.push((token, aborted));
+        let aborted = target.map(|index| self.slots.id(index));
+        self.abort_replies.push(AbortReply { token, aborted });
     }
 
-    /// Sends what came of Aborts.
+    /// Sends what came of Aborts, except of those whose commands wait to be posted.
     pub(super) fn reply_to_aborts(&mut self) {
-        for (token, aborted) in self.abort_replies.drain(..) {
-            self.core.ports[0].send(Mail::Ended {
-                token,
-                status: Status::SUCCESS,
-                dw0: dword(aborted),
-            });
-        }
+        let (slots, core) = (&self.slots, &self.core);
+        self.abort_replies.retain(|reply| {
+            let waits = reply.aborted.is_some_and(|id| slots.find(id).is_some());
+            if !waits {
+                core.ports[0].send(Mail::Ended {
+                    token: reply.token,
+                    status: Status::SUCCESS,
+                    dw0: dword(reply.aborted.is_some()),
+                });
+            }
+            waits
+        });
     }
 
     /// A command that was taken: it ends unless the disk, or a thread for host work, has it.
     fn abort_taken(&mut self, target: u32, batch: &mut Batch) -> bool {
+        if self.slots[target].ended {
+            // By another Abort, or by one before a restore; it only waits to be posted.
+            return self.slots[target].status == Status::ABORT_REQUESTED;
+        }
         let queue = usize::from(self.slots[target].queue);
         if let Some(Some(sq)) = self.sqs.get_mut(queue)
             && sq.fused == Some(target)
@@ -132,23 +151,24 @@ impl<S: MemorySource> NvmeQueues<S> {
         true
     }
 
-    /// A command that was not taken: it is marked, and ends when it is.
-    fn abort_posted(&mut self, queue: u16, cid: u16) -> bool {
+    /// A command that was not taken: it ends now, and its entry is stepped over later.
+    fn abort_waiting(&mut self, queue: u16, cid: u16) -> Option<u32> {
+        if !self.core.may_access() {
+            return None;
+        }
         let memory = Arc::clone(&self.memory);
         let mut window: Window<'_, QueueMemory<S::M>> = Window::new(&*memory, self.control_from);
         let tail = self.tail(queue, &mut window);
-        let Some(Some(sq)) = self.sqs.get_mut(usize::from(queue)) else {
-            return false;
-        };
+        let sq = self.sqs.get_mut(usize::from(queue))?.as_mut()?;
         if sq.is_stopped() {
-            return false;
+            return None;
         }
-        let Some(at) = sq.ring.find(cid, tail, &mut window) else {
-            return false;
-        };
-        if !sq.aborted.contains(&at) {
-            sq.aborted.push(at);
-        }
-        true
+        let (at, command) = sq.ring.find(cid, tail, &sq.aborted, &mut window)?;
+        sq.aborted.push(at);
+        self.step_over(queue);
+        let now = self.now();
+        let index = self.begin(queue, command, now);
+        self.end(index, Status::ABORT_REQUESTED);
+        Some(index)
     }
 }

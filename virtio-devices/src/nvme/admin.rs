@@ -135,7 +135,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         match queues.cqs.get(usize::from(cq)) {
             Some(Some(queue)) if !queue.closing => {}
             None => return Err(Status::INVALID_QUEUE_ID),
-            // The admin completion queue and those that do not exist.
+            Some(_) if cq == 0 => return Err(Status::INVALID_QUEUE_ID),
             Some(_) => return Err(Status::COMPLETION_QUEUE_INVALID),
         }
         drop(queues);
@@ -166,7 +166,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         Ok(Outcome::Done(0))
     }
 
-    fn delete_sq(&mut self, index: u32, command: &Command) -> Answer {
+    pub(super) fn delete_sq(&mut self, index: u32, command: &Command) -> Answer {
         let id = command.cdw10() as u16;
         let cq = {
             let mut queues = self.core.queues();
@@ -225,6 +225,15 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
             _ => {}
         }
+    }
+
+    /// The admin commands that may have to wait until the host takes completions of an I/O queue.
+    pub(super) fn waiting_for_host(&self) -> impl Iterator<Item = Command> + '_ {
+        let busy = self.slots.iter().filter(|_| self.is_admin());
+        let waiting = busy.filter(|slot| matches!(slot.step, Step::Outside) && !slot.ended);
+        waiting
+            .map(|slot| slot.command)
+            .filter(|command| matches!(command.opcode, opcode::ABORT | opcode::DELETE_SQ))
     }
 
     fn event_request(&mut self, index: u32) -> Answer {

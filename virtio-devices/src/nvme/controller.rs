@@ -8,6 +8,7 @@ use std::{
 use super::{
     config::NvmeConfig,
     core::Core,
+    doorbell::DoorbellPage,
     front::NvmeWorker,
     interrupt::Interrupts,
     queues::NvmeQueues,
@@ -81,6 +82,32 @@ impl NvmeController {
     /// Whether the guest has enabled messages (MSI-X or MSI); otherwise the line is used.
     pub fn use_messages(&self, messages: bool) {
         self.core.interrupts.use_messages(messages);
+    }
+
+    /// The driver may write doorbells to `page`, too. Whoever gives it looks at it with
+    /// [`poll_doorbells`](Self::poll_doorbells), again and again.
+    pub fn watch_doorbells(&self, page: Arc<dyn DoorbellPage>) {
+        self.core.doorbells.watch(page);
+    }
+
+    /// Doorbells in memory are no longer looked at.
+    pub fn unwatch_doorbells(&self) {
+        self.core.doorbells.unwatch();
+    }
+
+    /// Looks at the doorbells in memory, and acts on those that have changed; returns whether there
+    /// were any.
+    pub fn poll_doorbells(&self) -> bool {
+        let core = &self.core;
+        core.doorbells
+            .look(|offset, value| core.ring(offset, value))
+    }
+
+    /// The bus master bit of the function: while it is clear, no command is taken and none is posted,
+    /// so that nothing accesses guest memory. Registers and resets work meanwhile. It is set at first.
+    /// Whoever clears it holds the workers while he does: one in the midst of a batch finishes it.
+    pub fn set_bus_master(&self, on: bool) {
+        self.core.set_bus_master(on);
     }
 
     /// Resets the controller, as a function-level reset does. It is over when

@@ -147,6 +147,8 @@ pub(super) struct Hot {
     /// The admin worker has events to report.
     pub(super) events: AtomicBool,
     pub(super) shadow_version: AtomicU32,
+    /// The bus master bit of the function is clear: no worker may access guest memory.
+    pub(super) no_dma: AtomicBool,
 }
 
 /// The shared state of a controller.
@@ -274,6 +276,21 @@ impl Core {
             .store(u32::from(features.coalescing), Ordering::Release);
         hot.arbitration
             .store(features.arbitration, Ordering::Release);
+    }
+
+    /// Whether workers may access guest memory.
+    pub(super) fn may_access(&self) -> bool {
+        !self.hot.no_dma.load(Ordering::SeqCst)
+    }
+
+    /// The bus master bit of the function.
+    pub(super) fn set_bus_master(&self, on: bool) {
+        self.hot.no_dma.store(!on, Ordering::SeqCst);
+        if on {
+            for port in &self.ports {
+                port.kick();
+            }
+        }
     }
 
     /// The worker of a queue: all queues of one completion queue have the same.

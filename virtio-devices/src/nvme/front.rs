@@ -49,7 +49,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     fn retry_parked(&mut self, batch: &mut Batch) {
-        if self.parked.is_empty() || self.resetting {
+        if self.parked.is_empty() || self.resetting || !self.core.may_access() {
             return;
         }
         let memory = Arc::clone(&self.memory);
@@ -106,9 +106,11 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
         if self.resetting {
             return Drained { taken, full: false };
         }
-        self.refresh_memory();
         self.refresh_shadow();
         self.refresh_namespaces(batch);
+        if !self.core.may_access() {
+            return Drained { taken, full: false };
+        }
         let full = self.take(batch, &mut taken);
         Drained { taken, full }
     }
@@ -119,6 +121,9 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
 
     fn post(&mut self) -> usize {
         let mut posted = 0;
+        if !self.core.may_access() {
+            return posted;
+        }
         let ready = std::mem::take(&mut self.ready);
         for id in ready {
             if self.post_to(id, &mut posted) && !self.ready.contains(&id) {
@@ -133,8 +138,6 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
 
     fn rearm(&mut self) -> bool {
         self.port().sleeping.store(true, Ordering::SeqCst);
-        let memory = Arc::clone(&self.memory);
-        let mut window = Window::new(&*memory, self.control_from);
         let mut more = self.port().has_mail()
             || (self.is_admin()
                 && self.core.hot.events.load(Ordering::SeqCst)
@@ -143,8 +146,12 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
                 && self.namespaces_version
                     != Some(self.core.hot.namespaces.load(Ordering::SeqCst)))
             || self.shadow_version != self.core.hot.shadow_version.load(Ordering::SeqCst);
-        more |= self.tails_moved(&mut window);
-        more |= self.heads_moved(&mut window);
+        if self.core.may_access() {
+            let memory = Arc::clone(&self.memory);
+            let mut window = Window::new(&*memory, self.control_from);
+            more |= self.tails_moved(&mut window);
+            more |= self.heads_moved(&mut window);
+        }
         if more {
             self.port().sleeping.store(false, Ordering::SeqCst);
         }
@@ -152,10 +159,11 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
     }
 
     fn outstanding(&self) -> usize {
-        // Event requests end only with an event; what has ended and finds no room, and the first of
-        // a fused pair, have to wait for the host. They are saved as they are.
+        // Event requests end only with an event; what has ended and finds no room, what waits for that,
+        // and the first of a fused pair, have to wait for the host. They are saved as they are.
         let halves = self.sqs.iter().flatten().filter(|sq| sq.fused.is_some());
         let waiting = self.event_requests.len() + self.waiting_to_post + halves.count();
+        let waiting = waiting + self.waiting_for_host().count();
         self.outstanding.saturating_sub(waiting)
     }
 
@@ -176,6 +184,8 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
     }
 
     fn resume(&mut self, batch: &mut Batch) {
+        // Before anything is posted: what was mapped before may be somebody else's now.
+        self.refresh_memory();
         self.read_mail(batch);
         self.finish_reset();
         self.report_events();
@@ -183,6 +193,9 @@ impl<S: MemorySource> FrontEnd for NvmeQueues<S> {
     }
 
     fn deadline(&self) -> Option<Instant> {
+        if !self.core.may_access() {
+            return None;
+        }
         if !self.parked.is_empty() {
             return Some(Instant::now() + Duration::from_millis(1));
         }

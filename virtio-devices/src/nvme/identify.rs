@@ -49,7 +49,10 @@ impl Core {
         };
         let empty = || vec![0; PAGE];
         match cns {
-            0x00 if nsid == u32::MAX => Ok(self.common_namespace()),
+            // What is common to all matters to whoever creates some.
+            0x00 if nsid == u32::MAX && self.subsystem.config().pool.is_some() => {
+                Ok(self.common_namespace())
+            }
             0x00 => Ok(self
                 .active(nsid)?
                 .map_or_else(empty, |namespace| self.namespace_page(&namespace))),

@@ -1,6 +1,6 @@
 //! Namespace Management and Attachment, Format NVM, Sanitize.
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use super::{
     Namespace, NamespaceConfig, Status,
@@ -153,6 +153,10 @@ impl<S: MemorySource> NvmeQueues<S> {
                 });
             }
         });
+        if namespace.choose(&ids, select == 0) {
+            self.persist_admin(index, &namespace);
+            return Ok(Outcome::Later);
+        }
         Ok(Outcome::Done(0))
     }
 
@@ -281,11 +285,9 @@ fn create(core: &Core, bytes: u64, lba_size: u32) -> Result<u32, Status> {
         return Err(Status::NAMESPACE_INSUFFICIENT_CAPACITY);
     }
     let nsid = (1..=super::subsystem::MAX_NAMESPACES)
-        .find(|nsid| {
-            subsystem.namespace(*nsid).is_none() && !image_path(&pool.folder, *nsid).exists()
-        })
+        .find(|nsid| subsystem.namespace(*nsid).is_none() && pool.is_free(*nsid))
         .ok_or(Status::NAMESPACE_ID_UNAVAILABLE)?;
-    let path = image_path(&pool.folder, nsid);
+    let path = pool.image(nsid);
     let failed = |error: &dyn std::fmt::Display| {
         tracing::error!(path = %path.display(), %error, "no namespace was created");
         Status::INTERNAL_ERROR
@@ -294,15 +296,20 @@ fn create(core: &Core, bytes: u64, lba_size: u32) -> Result<u32, Status> {
     let config = NamespaceConfig {
         nsid: Some(nsid),
         lba_size,
-        sidecar: Some(path.with_extension("nvme")),
+        sidecar: Some(pool.sidecar(nsid)),
         ..NamespaceConfig::default()
     };
-    let added = subsystem.insert(disk, &config, Some(path.clone()));
-    added.map_err(|error| failed(&error))
-}
-
-fn image_path(folder: &std::path::Path, nsid: u32) -> PathBuf {
-    folder.join(format!("namespace-{nsid}.raw"))
+    subsystem
+        .insert(disk, &config, Some(path.clone()))
+        .map_err(|error| failed(&error))?;
+    // What names it and how large its blocks are is there before a host can use it.
+    if let Some(namespace) = subsystem.namespace(nsid)
+        && let Err(status) = persist(&namespace)
+    {
+        delete(core, nsid);
+        return Err(status);
+    }
+    Ok(nsid)
 }
 
 fn delete(core: &Core, nsid: u32) {

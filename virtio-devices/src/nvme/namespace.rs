@@ -13,6 +13,7 @@ use block::AsyncDiskFile;
 
 use super::{
     gate::Gate,
+    identity::Identity,
     reservation::{Reservations, SavedReservations},
     sanitize::SavedSanitize,
     sidecar::{Content, Sidecar},
@@ -50,41 +51,6 @@ pub(super) mod flag {
     pub(in crate::nvme) const GONE: u32 = 1 << 5;
 }
 
-/// What names a namespace for ever.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) nguid: [u8; 16],
-    pub(super) eui64: [u8; 8],
-    pub(super) uuid: [u8; 16],
-}
-
-impl Identity {
-    /// What was configured, or something that is the same at every start.
-    pub(super) fn of(config: &NamespaceConfig, seed: &str) -> Self {
-        if config.nguid.is_some() || config.eui64.is_some() || config.uuid.is_some() {
-            return Self {
-                nguid: config.nguid.unwrap_or_default(),
-                eui64: config.eui64.unwrap_or_default(),
-                uuid: config.uuid.unwrap_or_default(),
-            };
-        }
-        let mut nguid = [0; 16];
-        nguid[..8].copy_from_slice(&fnv(seed, 1).to_be_bytes());
-        nguid[8..].copy_from_slice(&fnv(seed, 2).to_be_bytes());
-        let mut uuid = nguid;
-        // Version 8 (made by us), variant 1.
-        uuid[6] = uuid[6] & 0x0f | 0x80;
-        uuid[8] = uuid[8] & 0x3f | 0x80;
-        Self {
-            nguid,
-            eui64: [0; 8],
-            uuid,
-        }
-    }
-}
-
-pub(super) use crate::identity::fnv;
-
 /// A namespace of a subsystem.
 pub struct Namespace {
     nsid: u32,
@@ -101,6 +67,9 @@ pub struct Namespace {
     attached: Mutex<BTreeSet<u16>>,
     /// The image in the pool, if it was made by namespace management.
     pooled: Option<PathBuf>,
+    /// The controllers that a host has attached it to, whether they are there or not. Only for one of
+    /// the pool.
+    chosen: Mutex<BTreeSet<u16>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -146,9 +115,15 @@ impl Namespace {
             .as_ref()
             .map(Reservations::restored)
             .unwrap_or_default();
+        let identity = Identity::configured(config.nguid, config.eui64, config.uuid)
+            .or(content.identity.filter(|_| pooled.is_some()))
+            .unwrap_or_else(|| match pooled {
+                Some(_) => Identity::fresh(seed),
+                None => Identity::of(seed),
+            });
         let namespace = Self {
             nsid,
-            identity: Identity::of(config, seed),
+            identity,
             flags: AtomicU32::new(if writable { 0 } else { flag::READ_ONLY }),
             shift: AtomicU32::new(lba.trailing_zeros()),
             bytes: AtomicU64::new(disk.size()),
@@ -160,6 +135,7 @@ impl Namespace {
             sanitize: Mutex::new(content.sanitize),
             attached: Mutex::default(),
             pooled,
+            chosen: Mutex::new(content.attached),
         };
         namespace.refresh_flags();
         Ok(namespace)
@@ -305,6 +281,8 @@ impl Namespace {
             uncorrectable: self.uncorrectable().list(),
             reservations: self.reservations().saved(),
             sanitize: self.sanitized(),
+            identity: self.pooled.as_ref().map(|_| self.identity),
+            attached: lock(&self.chosen).clone(),
         })
     }
 
@@ -318,6 +296,25 @@ impl Namespace {
     /// Whether a format or sanitize really removes the data from the host.
     pub(super) fn can_erase(&self) -> bool {
         !self.is_read_only() && self.disk.capabilities().secure_erase
+    }
+
+    /// Whether a controller that is made now has it: one of the pool is attached by hosts.
+    pub(super) fn is_for(&self, controller: u16) -> bool {
+        self.pooled.is_none() || lock(&self.chosen).contains(&controller)
+    }
+
+    /// A host has attached or detached it; returns whether the sidecar has to be written.
+    pub(super) fn choose(&self, controllers: &[u16], attached: bool) -> bool {
+        if self.pooled.is_none() {
+            return false;
+        }
+        let mut chosen = lock(&self.chosen);
+        if attached {
+            chosen.extend(controllers);
+        } else {
+            chosen.retain(|id| !controllers.contains(id));
+        }
+        true
     }
 
     pub(super) fn attached(&self) -> MutexGuard<'_, BTreeSet<u16>> {

@@ -45,6 +45,10 @@ pub(super) fn map<M: GuestMemory>(
     if left == 0 {
         return Ok(());
     }
+    if second == 0 {
+        // Left out: drivers clear what they do not use, and none has data there.
+        return Err(Status::INVALID_FIELD);
+    }
     if left <= page {
         if !second.is_multiple_of(page) {
             return Err(Status::PRP_OFFSET_INVALID);

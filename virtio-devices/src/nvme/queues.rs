@@ -12,6 +12,7 @@ use std::{
 
 use super::{
     Status,
+    abort::AbortReply,
     core::{Core, Mail, NewCq, NewSq, Port},
     doorbell::Shadow,
     events,
@@ -32,7 +33,7 @@ pub(super) struct Sq {
     /// The first of a fused pair whose second has not come.
     pub(super) fused: Option<u32>,
     pub(super) broken: bool,
-    /// Entries that were aborted before they were taken.
+    /// Entries that were aborted before they were taken: they have ended, and are stepped over.
     pub(super) aborted: Vec<u32>,
     /// The doorbell that was copied to the shadow last; for the admin queue.
     pub(super) copied: Option<u32>,
@@ -44,9 +45,14 @@ impl Sq {
         self.broken || self.deleting.is_some()
     }
 
-    /// Whether the entry at the head was aborted.
-    pub(super) fn is_head_aborted(&self) -> bool {
-        self.aborted.contains(&self.ring.head())
+    /// Steps over the entries at the head that were aborted; returns whether there were any.
+    fn step_over(&mut self) -> bool {
+        let head = self.ring.head();
+        while let Some(at) = self.aborted.iter().position(|it| *it == self.ring.head()) {
+            self.aborted.swap_remove(at);
+            self.ring.skip();
+        }
+        self.ring.head() != head
     }
 }
 
@@ -85,8 +91,8 @@ pub struct NvmeQueues<S: MemorySource> {
     /// Event requests, oldest first.
     pub(super) event_requests: VecDeque<u32>,
     pub(super) parked: Vec<u32>,
-    /// Aborts that were dealt with, by their tokens, and whether something was aborted.
-    pub(super) abort_replies: Vec<(u64, bool)>,
+    /// Aborts that were dealt with and not answered.
+    pub(super) abort_replies: Vec<AbortReply>,
     pub(super) namespaces: Vec<Option<Attached>>,
     last_namespace: usize,
     pub(super) namespaces_version: Option<u32>,
@@ -214,6 +220,17 @@ impl<S: MemorySource> NvmeQueues<S> {
         self.active.push(new.id);
     }
 
+    /// Steps over what was aborted at the head of a queue. The first of a fused pair misses it.
+    pub(super) fn step_over(&mut self, id: u16) {
+        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(id))
+            && !sq.aborted.is_empty()
+            && sq.step_over()
+            && let Some(first) = sq.fused.take()
+        {
+            self.end(first, Status::ABORTED_MISSING_FUSED);
+        }
+    }
+
     pub(super) fn close_cq(&mut self, id: u16, token: u64) {
         if let Some(place) = self.cqs.get_mut(usize::from(id)) {
             *place = None;
@@ -327,6 +344,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         let slot = &mut self.slots[index];
         slot.status = status;
         slot.step = Step::End;
+        slot.ended = true;
         let queue = slot.queue;
         let cq = match self.sqs.get(usize::from(queue)) {
             Some(Some(sq)) => sq.cq,

@@ -32,21 +32,22 @@ impl SubmissionRing {
         self.size
     }
 
-    /// The place of the command `cid` among the entries up to `tail` that were not taken.
+    /// The command `cid` among the entries up to `tail` that were not taken, and its place. Entries at
+    /// the places in `gone` do not count.
     pub(super) fn find<M: GuestMemory>(
         &self,
         cid: u16,
         tail: u32,
+        gone: &[u32],
         window: &mut Window<'_, M>,
-    ) -> Option<u32> {
+    ) -> Option<(u32, Command)> {
         let mut place = self.head;
         while place != tail {
-            let at = self.base.checked_add(u64::from(place) * SQE + 2)?;
-            let mut bytes = [0; 2];
-            let memory = window.memory();
-            memory.read_slice(&mut bytes, GuestAddress(at)).ok()?;
-            if u16::from_le_bytes(bytes) == cid {
-                return Some(place);
+            if !gone.contains(&place) {
+                let command = self.read(place, window).ok()?;
+                if command.cid == cid {
+                    return Some((place, command));
+                }
             }
             place = (place + 1) % self.size;
         }
@@ -58,9 +59,27 @@ impl SubmissionRing {
         &mut self,
         window: &mut Window<'_, M>,
     ) -> Result<Command, OutsideMemory> {
+        let command = self.read(self.head, window)?;
+        self.skip();
+        Ok(command)
+    }
+
+    /// Steps over the entry at the head.
+    pub(super) fn skip(&mut self) {
+        self.head += 1;
+        if self.head == self.size {
+            self.head = 0;
+        }
+    }
+
+    fn read<M: GuestMemory>(
+        &self,
+        place: u32,
+        window: &mut Window<'_, M>,
+    ) -> Result<Command, OutsideMemory> {
         let at = self
             .base
-            .checked_add(u64::from(self.head) * SQE)
+            .checked_add(u64::from(place) * SQE)
             .map(GuestAddress)
             .ok_or(OutsideMemory)?;
         let mut bytes = [0; SQE as usize];
@@ -72,10 +91,6 @@ impl SubmissionRing {
                 .memory()
                 .read_slice(&mut bytes, at)
                 .map_err(|_| OutsideMemory)?,
-        }
-        self.head += 1;
-        if self.head == self.size {
-            self.head = 0;
         }
         Ok(Command::parse(&bytes))
     }

@@ -1,6 +1,7 @@
 //! What a namespace has to remember beside its image: one file, always whole.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -8,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{reservation::SavedReservations, sanitize::SavedSanitize};
+use super::{identity::Identity, reservation::SavedReservations, sanitize::SavedSanitize};
 use crate::{Error, Result};
 
 /// The version of the file that is written here.
@@ -31,6 +32,12 @@ pub(super) struct Content {
     pub(super) reservations: Option<SavedReservations>,
     #[serde(default)]
     pub(super) sanitize: Option<SavedSanitize>,
+    /// Of a namespace in the pool: what names it for ever.
+    #[serde(default)]
+    pub(super) identity: Option<Identity>,
+    /// Of a namespace in the pool: the controllers that it is attached to.
+    #[serde(default)]
+    pub(super) attached: BTreeSet<u16>,
 }
 
 /// A sidecar file.

@@ -53,6 +53,8 @@ pub(super) struct Slot {
     /// It is alone behind that gate, or waits to be.
     pub(super) alone: bool,
     pub(super) step: Step,
+    /// It waits to be posted.
+    pub(super) ended: bool,
     pub(super) data: Data,
 }
 
@@ -82,6 +84,7 @@ impl Slots {
         slot.bytes = 0;
         slot.started = started;
         slot.step = Step::End;
+        slot.ended = false;
         slot.data.clear();
         index
     }
@@ -118,6 +121,11 @@ impl Slots {
             slot.busy && matches!(slot.step, Step::FusedCompare { second: it } if it == second)
         };
         self.list.iter().position(is).map(|index| index as u32)
+    }
+
+    /// The commands.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.list.iter().filter(|slot| slot.busy)
     }
 
     /// The slots in use.

@@ -1,6 +1,9 @@
 //! What is saved of a controller, for snapshots and migration.
 
-use std::{collections::BTreeSet, sync::PoisonError, sync::atomic::Ordering};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{PoisonError, atomic::Ordering},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +14,8 @@ use super::{
     doorbell::Shadow,
     events::{Event, MAX_REQUESTS},
     features::Features,
+    opcode::admin as opcode,
+    outcome::Outcome,
     queues::NvmeQueues,
     registers::{MAX_ENTRIES, Registers, csts},
     reservation::SavedReservations,
@@ -22,7 +27,7 @@ use crate::{
 };
 
 /// The version of [`NvmeState`] that this crate writes.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// A submission queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +38,7 @@ struct SavedSq {
     cq: u16,
     head: u32,
     tail: u32,
-    /// Entries that were aborted and not yet taken.
-    #[serde(default)]
+    /// Entries that were aborted before they were taken, and have ended.
     aborted: Vec<u32>,
 }
 
@@ -59,6 +63,22 @@ struct SavedCompletion {
     dw0: u32,
 }
 
+/// An admin command that ends when the host has taken completions of an I/O queue: Abort, and the
+/// deletion of a submission queue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedWaiting {
+    opcode: u8,
+    cid: u16,
+    cdw10: u32,
+}
+
+impl SavedWaiting {
+    /// The submission queue that it is about.
+    fn queue(&self) -> u16 {
+        self.cdw10 as u16
+    }
+}
+
 /// The queues of one drained worker.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NvmeWorkerState {
@@ -66,6 +86,7 @@ pub struct NvmeWorkerState {
     cqs: Vec<SavedCq>,
     /// Command identifiers of event requests, oldest first.
     event_requests: Vec<u16>,
+    waiting: Vec<SavedWaiting>,
 }
 
 /// What a namespace has that its image and sidecar need not have.
@@ -155,6 +176,7 @@ impl NvmeController {
             };
             namespace.set_lba_size(saved.lba_size);
             namespace.set_reservations(&saved.reservations, saved.persistent);
+            namespace.choose(&[core.id], saved.attached);
             if saved.attached {
                 namespace.attached().insert(core.id);
             } else {
@@ -218,8 +240,12 @@ impl NvmeController {
                 return Err(bad(format!("there is no namespace {}", saved.nsid)));
             }
         }
+        let mut sqs = BTreeSet::new();
         for (worker, saved) in state.workers.iter().enumerate() {
             self.check_queues(worker, saved)?;
+            if let Some(twice) = saved.sqs.iter().find(|sq| !sqs.insert(sq.id)) {
+                return Err(bad(format!("submission queue {} is there twice", twice.id)));
+            }
         }
         Ok(())
     }
@@ -255,17 +281,16 @@ impl NvmeController {
                 return Err(bad(format!("submission queue {} is impossible", sq.id)));
             }
         }
-        let size_of = |id: u16| state.sqs.iter().find(|sq| sq.id == id).map(|sq| sq.size);
-        for cq in &state.cqs {
-            for ended in &cq.ended {
-                let size = size_of(ended.sq)
-                    .ok_or_else(|| bad("a completion of a queue that is not there"))?;
-                let same = cq.ended.iter().filter(|other| other.sq == ended.sq);
-                if same.count() > size as usize {
-                    return Err(bad("more completions than a queue has entries"));
-                }
-            }
+        // Entries that were taken, and as many that were aborted before they were.
+        let mut room: BTreeMap<u16, u32> =
+            state.sqs.iter().map(|it| (it.id, 2 * it.size)).collect();
+        for ended in state.cqs.iter().flat_map(|cq| &cq.ended) {
+            let room = room.get_mut(&ended.sq);
+            let room = room.ok_or_else(|| bad("a completion of a queue that is not there"))?;
+            let left = room.checked_sub(1);
+            *room = left.ok_or_else(|| bad("more completions than a queue has entries"))?;
         }
+        check_waiting(worker, state)?;
         if state.event_requests.len() > MAX_REQUESTS
             || (!state.event_requests.is_empty() && (worker != 0 || !sqs.contains(&0)))
         {
@@ -302,6 +327,20 @@ impl NvmeController {
             registers.csts = registers.csts & !csts::SHST | csts::SHST_COMPLETE;
         }
     }
+}
+
+fn check_waiting(worker: usize, state: &NvmeWorkerState) -> Result<()> {
+    let admin = state.sqs.iter().find(|sq| sq.id == 0 && worker == 0);
+    let most = admin.map_or(0, |sq| sq.size as usize);
+    let known = |waiting: &SavedWaiting| match waiting.opcode {
+        opcode::ABORT => true,
+        opcode::DELETE_SQ => waiting.queue() != 0,
+        _ => false,
+    };
+    if state.waiting.len() > most || !state.waiting.iter().all(known) {
+        return Err(bad("admin commands that wait for nothing"));
+    }
+    Ok(())
 }
 
 fn new_cq(cq: &SavedCq) -> NewCq {
@@ -399,6 +438,14 @@ impl<S: MemorySource> NvmeQueues<S> {
                 .iter()
                 .map(|index| self.slots[*index].command.cid)
                 .collect(),
+            waiting: self
+                .waiting_for_host()
+                .map(|command| SavedWaiting {
+                    opcode: command.opcode,
+                    cid: command.cid,
+                    cdw10: command.cdw10(),
+                })
+                .collect(),
         }
     }
 
@@ -418,17 +465,40 @@ impl<S: MemorySource> NvmeQueues<S> {
                 self.slots[index].dw0 = ended.dw0;
                 self.end(index, Status(ended.status));
             }
-            // The interrupt of what was posted last may not have arrived.
-            if let Some(vector) = cq.vector
-                && cq.head != cq.tail
+            // The interrupt of what was posted last may not have arrived: another one follows.
+            if cq.head != cq.tail
+                && let Some(Some(opened)) = self.cqs.get_mut(usize::from(cq.id))
             {
-                let _ = self.core.interrupts.posted(cq.id, vector);
+                opened.unsignalled = 1;
+                if !self.ready.contains(&cq.id) {
+                    self.ready.push(cq.id);
+                }
             }
         }
         for cid in &state.event_requests {
             let index = self.again(0, *cid);
             self.slots[index].step = Step::Outside;
             self.event_requests.push_back(index);
+        }
+        for waiting in &state.waiting {
+            let index = self.again(0, waiting.cid);
+            let command = &mut self.slots[index].command;
+            command.opcode = waiting.opcode;
+            command.cdw[0] = waiting.cdw10;
+            let command = *command;
+            let answer = if waiting.opcode == opcode::ABORT {
+                self.abort(index, &command)
+            } else {
+                self.delete_sq(index, &command)
+            };
+            match answer {
+                Ok(Outcome::Later) => self.slots[index].step = Step::Outside,
+                Ok(Outcome::Done(dw0)) => {
+                    self.slots[index].dw0 = dw0;
+                    self.end(index, Status::SUCCESS);
+                }
+                Err(status) => self.end(index, status),
+            }
         }
     }
 

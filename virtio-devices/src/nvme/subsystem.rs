@@ -14,40 +14,17 @@ use block::AsyncDiskFile;
 
 use super::{
     jobs::Jobs,
-    namespace::{Namespace, NamespaceConfig, flag, fnv},
+    namespace::{Namespace, NamespaceConfig, flag},
+    pool::PoolConfig,
     reservation::{HostId, Notice},
     sanitize::{Action, Sanitize},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, identity::fnv};
 
 /// The most namespaces of a subsystem.
 pub(super) const MAX_NAMESPACES: u32 = 256;
 /// The most controllers of a subsystem.
 const MAX_CONTROLLERS: u16 = 256;
-
-/// Makes and opens an image of that many bytes at that path.
-pub type CreateImage =
-    Arc<dyn Fn(&std::path::Path, u64) -> block::Result<Box<dyn AsyncDiskFile>> + Send + Sync>;
-
-/// Where namespace management makes its images.
-#[derive(Clone)]
-pub struct PoolConfig {
-    /// The folder.
-    pub folder: PathBuf,
-    /// Bytes that the namespaces in it may have in all.
-    pub capacity: u64,
-    /// Makes an image.
-    pub create: CreateImage,
-}
-
-impl std::fmt::Debug for PoolConfig {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PoolConfig")
-            .field("folder", &self.folder)
-            .field("capacity", &self.capacity)
-            .finish_non_exhaustive()
-    }
-}
 
 /// How a subsystem is made. What is left empty is made from the rest, the same at every start.
 #[derive(Clone, Debug, Default)]
@@ -94,11 +71,11 @@ pub struct Subsystem {
 }
 
 impl Subsystem {
-    /// A subsystem without namespaces.
+    /// A subsystem with the namespaces that an earlier run has left in the pool, and no others.
     ///
     /// # Errors
-    /// [`Error::Config`] for a name that is too long or not ASCII; the host's error when a thread
-    /// cannot be started.
+    /// [`Error::Config`] for a name that is too long or not ASCII, and an image of the pool that
+    /// cannot be opened; the host's error when a thread cannot be started.
     pub fn new(mut config: SubsystemConfig) -> Result<Arc<Self>> {
         let seed = config.seed.clone();
         if config.serial.is_empty() {
@@ -135,7 +112,7 @@ impl Subsystem {
             what: "a thread for host work",
             source,
         };
-        Ok(Arc::new(Self {
+        let subsystem = Arc::new(Self {
             config,
             namespaces: RwLock::default(),
             controllers: Mutex::default(),
@@ -144,7 +121,32 @@ impl Subsystem {
             jobs: Jobs::start("nvme-host").map_err(thread)?,
             long_jobs: Jobs::start("nvme-sanitize").map_err(thread)?,
             pool: Mutex::default(),
-        }))
+        });
+        subsystem.reopen_pool()?;
+        Ok(subsystem)
+    }
+
+    /// Brings back what namespace management has made before.
+    fn reopen_pool(self: &Arc<Self>) -> Result<()> {
+        let Some(pool) = &self.config.pool else {
+            return Ok(());
+        };
+        for nsid in 1..=MAX_NAMESPACES {
+            if let Some(disk) = pool.reopen(nsid)? {
+                let config = NamespaceConfig {
+                    nsid: Some(nsid),
+                    sidecar: Some(pool.sidecar(nsid)),
+                    ..NamespaceConfig::default()
+                };
+                self.insert(disk, &config, Some(pool.image(nsid)))?;
+            }
+        }
+        let used = self.pool_used();
+        if used > pool.capacity {
+            let (capacity, folder) = (pool.capacity, pool.folder.display());
+            tracing::warn!(used, capacity, %folder, "the pool holds more than its capacity");
+        }
+        Ok(())
     }
 
     /// How it was made.
@@ -181,7 +183,9 @@ impl Subsystem {
             namespace.attached().extend(controllers);
         }
         self.changed(&[nsid]);
-        self.resume_sanitize(nsid);
+        if !self.controllers().is_empty() {
+            self.resume_sanitize();
+        }
         Ok(nsid)
     }
 
@@ -315,12 +319,16 @@ impl Subsystem {
         Ok(id)
     }
 
-    /// Adds a controller and attaches every namespace to it.
-    pub(super) fn add_controller(&self, id: u16, listener: Weak<dyn Listener>) {
+    /// Adds a controller and attaches every namespace to it, but those of the pool only if a host has
+    /// done so before.
+    pub(super) fn add_controller(self: &Arc<Self>, id: u16, listener: Weak<dyn Listener>) {
         self.controllers().insert(id, listener);
         for namespace in self.namespaces() {
-            namespace.attached().insert(id);
+            if namespace.is_for(id) {
+                namespace.attached().insert(id);
+            }
         }
+        self.resume_sanitize();
     }
 
     pub(super) fn remove_controller(&self, id: u16) {
@@ -398,15 +406,20 @@ impl Subsystem {
         true
     }
 
-    /// Goes on with a sanitize operation that a restart has interrupted.
-    fn resume_sanitize(self: &Arc<Self>, nsid: u32) {
-        let Some(namespace) = self.namespace(nsid) else {
+    /// Goes on with a sanitize operation that a restart has interrupted, on all namespaces: when the
+    /// first controller is made, they are all there.
+    fn resume_sanitize(self: &Arc<Self>) {
+        if self.sanitize.is_running() {
             return;
-        };
-        let Some(saved) = namespace.sanitized() else {
-            return;
-        };
-        if let Some((action, cdw10)) = self.sanitize.restore(saved) {
+        }
+        let mut again = None;
+        for namespace in self.namespaces() {
+            let saved = namespace.sanitized();
+            again = saved
+                .and_then(|saved| self.sanitize.restore(saved))
+                .or(again);
+        }
+        if let Some((action, cdw10)) = again {
             self.start_sanitize(action, cdw10);
         }
     }

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{Status, queues::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow};
+use super::{
+    command::Command, queues::NvmeQueues, registers::MAX_ENTRIES, ring::OutsideMemory, shadow,
+};
 use crate::{
     MemorySource,
     memory::{BatchMemory, QueueMemory, Window},
@@ -30,6 +32,18 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
         }
         if tail < sq.ring.size() { tail } else { head }
+    }
+
+    /// Counts a command of a queue that is there, and gives it a slot.
+    pub(super) fn begin(&mut self, queue: u16, command: Command, now: u64) -> u32 {
+        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(queue)) {
+            sq.outstanding += 1;
+        }
+        if self.outstanding == 0 {
+            self.busy_since = now;
+        }
+        self.outstanding += 1;
+        self.slots.begin(queue, command, now)
     }
 
     pub(super) fn take(&mut self, batch: &mut Batch, taken: &mut usize) -> bool {
@@ -76,18 +90,16 @@ impl<S: MemorySource> NvmeQueues<S> {
     ) -> bool {
         let tail = self.tail(id, &mut guest.control);
         for _ in 0..burst {
+            self.step_over(id);
             let Some(Some(sq)) = self.sqs.get_mut(usize::from(id)) else {
                 return false;
             };
             if sq.ring.head() == tail || sq.is_stopped() || sq.outstanding >= sq.ring.size() {
                 return false;
             }
-            // What was aborted needs no room.
-            let aborted = sq.is_head_aborted();
-            if !aborted && !batch.has_room() {
+            if !batch.has_room() {
                 return true;
             }
-            let at = sq.ring.head();
             let command = match sq.ring.fetch(&mut guest.control) {
                 Ok(command) => command,
                 Err(OutsideMemory) => {
@@ -97,26 +109,17 @@ impl<S: MemorySource> NvmeQueues<S> {
                     return false;
                 }
             };
-            if aborted {
-                sq.aborted.retain(|entry| *entry != at);
-            }
-            sq.outstanding += 1;
             let now = *now.get_or_insert_with(|| self.now());
-            if self.outstanding == 0 {
-                self.busy_since = now;
-            }
-            self.outstanding += 1;
             *taken += 1;
-            let index = self.slots.begin(id, command, now);
+            let index = self.begin(id, command, now);
             tracing::trace!(target: "platter::nvme", queue = id, ?command, "start");
-            if aborted {
-                self.end(index, Status::ABORT_REQUESTED);
-            } else if self.is_admin() {
+            if self.is_admin() {
                 self.admin(index, guest);
             } else {
                 self.io(index, guest, batch);
             }
         }
+        self.step_over(id);
         false
     }
 }

@@ -1,17 +1,22 @@
 //! An AHCI host bus adapter as a PCI function, with a thread for each port.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Instant,
 };
 
+use serde::{Deserialize, Serialize};
 use virtio_devices::{
-    MemorySource, Result, VectorInterrupt,
-    ahci::{Hba, HbaConfig},
+    Error, MemorySource, Result, VectorInterrupt,
+    ahci::{Hba, HbaConfig, HbaState},
 };
 
 use super::{
-    Bar, Capability, Description, PausableFunction, PciFunction, Registers, threads::WorkerThreads,
+    Bar, Capability, Description, Migratable, PausableFunction, PciFunction, Registers,
+    threads::{Carry, WorkerThreads},
 };
 use crate::sys;
 
@@ -81,7 +86,8 @@ impl AhciFunction {
             })?;
             let (hba, memory) = (Arc::clone(&hba), memory.clone());
             let name = format!("ahci-port{port}");
-            threads.start(name, doorbell, move || hba.port_worker(port, memory))?;
+            let make = move || hba.port_worker(port, memory);
+            threads.start(name, doorbell, make, Carry::NOTHING)?;
         }
         Ok(Self {
             hba,
@@ -95,6 +101,11 @@ impl AhciFunction {
     #[must_use]
     pub fn hba(&self) -> &Arc<Hba> {
         &self.hba
+    }
+
+    fn set_index(&self, index: u32) {
+        let mask = (self.hba.size() - 1) as u32 & !3;
+        self.index.store(index & mask, Ordering::Relaxed);
     }
 
     /// The register that the pair points at, if `offset` is inside the data register.
@@ -161,9 +172,7 @@ impl PciFunction for AhciFunction {
             (PAIR_BAR, None) => {
                 // The index is a multiple of 4 inside the ABAR, and is written as one dword.
                 if let (INDEX, Ok(value)) = (offset, <[u8; 4]>::try_from(data)) {
-                    let mask = (self.hba.size() - 1) as u32 & !3;
-                    let index = u32::from_le_bytes(value) & mask;
-                    self.index.store(index, Ordering::Relaxed);
+                    self.set_index(u32::from_le_bytes(value));
                 }
             }
             _ => {}
@@ -173,6 +182,10 @@ impl PciFunction for AhciFunction {
     fn use_messages(&self, _messages: bool) {
         // The HBA tells both of every interrupt: the line follows IS, and a message goes out for each
         // new bit. The bus passes on what the guest has enabled.
+    }
+
+    fn set_bus_master(&self, on: bool) {
+        self.hba.set_bus_master(on);
     }
 
     fn reset(&self) {
@@ -192,5 +205,42 @@ impl PausableFunction for AhciFunction {
 
     fn resume(&self) {
         self.threads.resume();
+    }
+
+    fn migration(&self) -> Option<&dyn Migratable> {
+        Some(self)
+    }
+}
+
+/// What is saved: the adapter, and the index register of the pair.
+#[derive(Serialize, Deserialize)]
+struct AhciState {
+    hba: HbaState,
+    index: u32,
+}
+
+impl Migratable for AhciFunction {
+    fn stop(&self, until: Instant) -> Result<()> {
+        if self.threads.drain(.., until) {
+            return Ok(());
+        }
+        self.threads.resume();
+        Err(Error::Busy("commands have not ended".to_owned()))
+    }
+
+    fn save(&self) -> Result<Vec<u8>> {
+        let state = AhciState {
+            hba: self.hba.save()?,
+            index: self.index.load(Ordering::Relaxed),
+        };
+        serde_json::to_vec(&state).map_err(|error| Error::State(error.to_string()))
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        let state = serde_json::from_slice(state);
+        let state: AhciState = state.map_err(|error| Error::State(error.to_string()))?;
+        self.hba.restore(&state.hba)?;
+        self.set_index(state.index);
+        Ok(())
     }
 }

@@ -6,6 +6,9 @@ use super::{Bar, Description};
 /// Bytes of the space: with PCI Express' extended part, which has no capabilities.
 const SIZE: usize = 4096;
 
+/// Bytes that a driver can change something in.
+const SAVED: usize = 256;
+
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BARS: usize = 0x10;
@@ -31,6 +34,8 @@ pub struct Changes {
     pub memory: bool,
     /// MSI-X, MSI or the line were switched on or off, or masked.
     pub interrupts: bool,
+    /// Whether the function may access memory and send messages.
+    pub master: bool,
     /// A function-level reset was asked for, or the function came back from D3hot and keeps no state.
     pub reset: bool,
 }
@@ -50,6 +55,7 @@ pub struct MsiMessage {
 
 /// What a bus has to act on.
 struct Facts {
+    master: bool,
     memory: (bool, bool, Vec<u64>),
     interrupts: (bool, bool, Option<MsiMessage>, bool),
 }
@@ -213,6 +219,7 @@ impl ConfigSpace {
         Changes {
             memory: before.memory != after.memory,
             interrupts: before.interrupts != after.interrupts,
+            master: before.master != after.master,
             reset,
         }
     }
@@ -220,6 +227,7 @@ impl ConfigSpace {
     fn facts(&self) -> Facts {
         let bars = self.bars.iter().map(|bar| self.address(bar)).collect();
         Facts {
+            master: self.is_master(),
             memory: (self.decodes_memory(), self.decodes_io(), bars),
             interrupts: (
                 self.msix_enabled(),
@@ -238,6 +246,41 @@ impl ConfigSpace {
         for (at, value) in &self.initial {
             self.bytes[*at] = *value;
         }
+    }
+
+    /// The space as a driver has set it up, to be [restored](Self::restore) in another process.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes[..SAVED].to_vec()
+    }
+
+    /// Takes over a saved space; nobody has checked it.
+    ///
+    /// # Errors
+    /// What differs although no driver can change it: the space is that of another function.
+    pub fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
+        if saved.len() != SAVED {
+            return Err(format!(
+                "the configuration space has {} bytes, expected {SAVED}",
+                saved.len()
+            ));
+        }
+        // The interrupt status is not the driver's, and not ours to compare.
+        let ours = |at: usize| if at == STATUS { STATUS_LINE as u8 } else { 0 };
+        for (at, byte) in saved.iter().enumerate() {
+            let differs = (byte ^ self.bytes[at]) & !self.writable[at] & !ours(at);
+            if differs != 0 {
+                return Err(format!(
+                    "byte {at:#x} of the configuration space is {byte:#04x}, expected {:#04x}",
+                    self.bytes[at]
+                ));
+            }
+        }
+        for ((now, mask), byte) in self.bytes.iter_mut().zip(&self.writable).zip(saved) {
+            *now = *now & !mask | byte & mask;
+        }
+        self.bytes[self.express + 9] &= 0x7f;
+        Ok(())
     }
 
     /// The capabilities with a number: where what follows the number and the link begins.
@@ -494,6 +537,30 @@ mod tests {
         space.reset();
         assert!(!space.uses_messages());
         assert_eq!(get32(&space, msix) >> 16, 16);
+    }
+
+    #[test]
+    fn a_saved_space_comes_back_in_the_same_function_alone() {
+        let mut one = space();
+        let changes = one.write(4, &[6, 4]);
+        assert!(changes.master && changes.memory && changes.interrupts);
+        one.write(0x10, &0x12_3456_8000_u64.to_le_bytes());
+        one.show_line(true);
+        let saved = one.save();
+        let mut two = space();
+        two.restore(&saved).unwrap();
+        assert!(two.is_master() && two.line_disabled());
+        assert_eq!(two.bar_address(0), Some(0x12_3456_8000));
+        assert_eq!(two.save()[..6], saved[..6]);
+        for (at, byte) in [(0, 0x35), (0x34, 0x44), (8, 4)] {
+            let mut other = saved.clone();
+            other[at] = byte;
+            let mut fresh = space();
+            assert!(fresh.restore(&other).is_err(), "{at:#x}");
+            assert_eq!(fresh.save(), space().save());
+        }
+        assert!(space().restore(&saved[1..]).is_err());
+        assert!(!one.write(4, &[6, 0]).master);
     }
 
     #[test]

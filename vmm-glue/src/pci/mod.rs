@@ -14,11 +14,15 @@ mod slot;
 mod threads;
 mod virtio;
 
+use std::{fs::File, sync::Arc, time::Instant};
+
+use virtio_devices::Result;
+
 pub use ahci::{AhciFunction, AhciFunctionConfig};
 pub use config::{Changes, ConfigSpace, MsiMessage};
 pub use msix::{MsixMessage, MsixTable};
 pub use slot::{BusSignals, PciSlot, SlotInterrupts};
-pub(crate) use threads::WorkerThreads;
+pub(crate) use threads::{Carry, WorkerThreads};
 pub use virtio::{VirtioPciBlk, VirtioPciConfig};
 
 /// A base address register.
@@ -118,6 +122,17 @@ pub struct Description {
     pub registers: Vec<Registers>,
 }
 
+/// A part of a BAR that is memory, at the same place in a file.
+#[derive(Clone, Debug)]
+pub struct Mappable {
+    /// The file; what is not of the part has no meaning in it.
+    pub file: Arc<File>,
+    /// Bytes from the start of the BAR to the part.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
 /// A device model as a function on a PCI bus. Every method may be called from any thread.
 pub trait PciFunction: Send + Sync {
     /// What it is; always the same.
@@ -131,6 +146,21 @@ pub trait PciFunction: Send + Sync {
 
     /// Whether the guest has enabled MSI-X or MSI; otherwise the line is used.
     fn use_messages(&self, messages: bool);
+
+    /// Whether the guest lets it access memory and send messages (the bus master bit). Until then, and
+    /// from then on, it takes no command and ends none. Called with the function
+    /// [paused](PausableFunction::pause) when it is switched off.
+    fn set_bus_master(&self, on: bool);
+
+    /// The part of a BAR that whoever emulates the bus may give to the guest as memory, without seeing
+    /// its accesses any more.
+    fn mappable(&self, bar: u8) -> Option<Mappable> {
+        let _ = bar;
+        None
+    }
+
+    /// What was mapped until now means nothing any more: the next one to map it is somebody else.
+    fn renew_mappable(&self) {}
 
     /// Function-level reset. It is over when [`is_idle`](Self::is_idle).
     fn reset(&self);
@@ -147,4 +177,33 @@ pub trait PausableFunction: PciFunction {
 
     /// Goes on with the memory that is there now.
     fn resume(&self);
+
+    /// How its state is taken to another process, if it can be.
+    fn migration(&self) -> Option<&dyn Migratable> {
+        None
+    }
+}
+
+/// A function whose state can be taken to another process.
+pub trait Migratable: Send + Sync {
+    /// Ends what the function has taken, shows the guest what there is room for, and holds the function
+    /// until [`resume`](PausableFunction::resume).
+    ///
+    /// # Errors
+    /// [`Busy`](virtio_devices::Error::Busy) when that has not come to an end at `until`; it goes on
+    /// then.
+    fn stop(&self, until: Instant) -> Result<()>;
+
+    /// The state of a function that is stopped.
+    ///
+    /// # Errors
+    /// [`State`](virtio_devices::Error::State) when it cannot be saved as it is.
+    fn save(&self) -> Result<Vec<u8>>;
+
+    /// Puts a function that has been reset and is stopped into a saved state, which nobody has checked.
+    ///
+    /// # Errors
+    /// [`State`](virtio_devices::Error::State) for a state this function cannot be in; it has to be
+    /// reset then.
+    fn restore(&self, state: &[u8]) -> Result<()>;
 }

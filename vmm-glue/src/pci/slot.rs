@@ -29,11 +29,21 @@ struct Routing {
     msix: bool,
     msix_masked: bool,
     msi: Option<MsiMessage>,
+    /// Messages may be sent; those of MSI that could not wait here, a bit a vector.
+    master: bool,
+    waiting: u32,
     line_disabled: bool,
     /// What the device asks for.
     asserted: bool,
     /// What the bus was told.
     shown: bool,
+}
+
+impl Routing {
+    /// Whether no vector of MSI-X may be sent now.
+    fn masks_table(&self) -> bool {
+        !self.msix || self.msix_masked || !self.master
+    }
 }
 
 /// The interrupts of a function in a slot. It is made first, and given to the function.
@@ -75,24 +85,37 @@ impl SlotInterrupts {
         routing.msix_masked = config.msix_masked();
         routing.msi = config.msi();
         routing.line_disabled = config.line_disabled();
+        routing.master = config.is_master();
         self.show(&mut routing);
-        let masked = !routing.msix || routing.msix_masked;
+        let masked = routing.masks_table();
+        let waiting = if routing.master {
+            std::mem::take(&mut routing.waiting)
+        } else {
+            0
+        };
         drop(routing);
         for due in self.table.set_masked(masked) {
             let _ = self.signals.message(due.address, due.data);
+        }
+        for vector in (0..32).filter(|vector| waiting & 1 << vector != 0) {
+            let _ = self.signal(vector);
         }
     }
 
     fn reset(&self) {
         self.table.reset();
+        self.routing().waiting = 0;
     }
 }
 
 impl VectorInterrupt for SlotInterrupts {
     fn signal(&self, vector: u16) -> io::Result<()> {
-        let routing = *self.routing();
+        let mut routing = self.routing();
         if routing.msix {
-            return match self.table.signal(vector, routing.msix_masked) {
+            // Under the lock, so that what becomes pending is seen when the mask goes.
+            let due = self.table.signal(vector, routing.masks_table());
+            drop(routing);
+            return match due {
                 Some(message) => self.signals.message(message.address, message.data),
                 None => Ok(()),
             };
@@ -102,6 +125,11 @@ impl VectorInterrupt for SlotInterrupts {
         };
         // Fewer vectors than were asked for share what there is.
         let vector = vector % u16::from(msi.vectors.max(1));
+        if !routing.master {
+            routing.waiting |= 1_u32.checked_shl(vector.into()).unwrap_or(0);
+            return Ok(());
+        }
+        drop(routing);
         if msi.mask & 1_u32.checked_shl(vector.into()).unwrap_or(0) != 0 {
             return Ok(());
         }
@@ -130,6 +158,7 @@ impl PciSlot {
     pub fn new(function: Arc<dyn PausableFunction>, interrupts: Arc<SlotInterrupts>) -> Self {
         let description = function.description();
         function.use_messages(false);
+        function.set_bus_master(false);
         Self {
             config: Mutex::new(ConfigSpace::new(&description)),
             function,
@@ -156,9 +185,20 @@ impl PciSlot {
         let changes = config.write(offset, data);
         if changes.reset {
             self.reset_with(&mut config);
-        } else if changes.interrupts {
+            return changes;
+        }
+        if changes.master && !config.is_master() {
+            // What it has begun ends before the guest reads that it may not.
+            self.function.pause();
+            self.function.set_bus_master(false);
+            self.function.resume();
+        }
+        if changes.interrupts || changes.master {
             self.function.use_messages(config.uses_messages());
             self.interrupts.follow(&config);
+        }
+        if changes.master && config.is_master() {
+            self.function.set_bus_master(true);
         }
         changes
     }
@@ -211,8 +251,7 @@ impl PciSlot {
     pub fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) {
         match self.msix_at(bar, offset) {
             Some((true, at)) => {
-                let routing = *self.interrupts.routing();
-                let masked = !routing.msix || routing.msix_masked;
+                let masked = self.interrupts.routing().masks_table();
                 for due in self.interrupts.table.write_table(at, data, masked) {
                     let _ = self.interrupts.signals.message(due.address, due.data);
                 }
@@ -235,6 +274,7 @@ impl PciSlot {
         self.function.reset();
         // Workers that are asked to pause answer when what they had begun has ended.
         self.function.pause();
+        self.function.set_bus_master(false);
         self.function.resume();
     }
 

@@ -390,6 +390,10 @@ impl<S: MemorySource + Clone + Send + 'static> PciFunction for VirtioPciBlk<S> {
         self.interrupt.messages.store(messages, Ordering::SeqCst);
     }
 
+    fn set_bus_master(&self, on: bool) {
+        self.transport().set_bus_master(on);
+    }
+
     fn reset(&self) {
         self.transport().set_status(0);
         self.interrupt.reset();

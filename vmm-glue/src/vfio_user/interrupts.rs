@@ -1,6 +1,7 @@
 //! Interrupts as eventfds of the client.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -28,6 +29,14 @@ struct State {
     asserted: bool,
     /// It was signalled and has not been unmasked since.
     masked: bool,
+    /// The guest has disabled the line.
+    disabled: bool,
+    /// Messages may be sent.
+    master: bool,
+    /// The device is stopped: nothing is sent at all.
+    stopped: bool,
+    /// Vectors that were to be sent meanwhile.
+    waiting: BTreeSet<u16>,
     msi: Vec<Option<File>>,
     msix: Vec<Option<File>>,
 }
@@ -37,11 +46,41 @@ impl State {
     fn show_line(&mut self) {
         if self.asserted
             && !self.masked
+            && !self.disabled
+            && !self.stopped
             && let Some(line) = &self.line
         {
             self.masked = true;
             if let Err(error) = sys::signal(line) {
                 tracing::debug!(%error, "the line was not signalled");
+            }
+        }
+    }
+
+    /// Sends a message.
+    fn send(&self, vector: u16) -> io::Result<()> {
+        let vector = usize::from(vector);
+        let file = if self.msix.is_empty() {
+            // Fewer vectors than were asked for share what there is.
+            let vector = vector % self.msi.len().max(1);
+            self.msi.get(vector)
+        } else {
+            self.msix.get(vector)
+        };
+        match file {
+            Some(Some(file)) => sys::signal(file),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Sends what has waited, if it may be sent now.
+    fn send_waiting(&mut self) {
+        if !self.master || self.stopped {
+            return;
+        }
+        for vector in std::mem::take(&mut self.waiting) {
+            if let Err(error) = self.send(vector) {
+                tracing::debug!(vector, %error, "a message that had to wait was not sent");
             }
         }
     }
@@ -113,6 +152,33 @@ impl VfioUserInterrupts {
         state.show_line();
     }
 
+    /// Follows the command register: messages need the bus master bit, and the line may be disabled.
+    pub(super) fn follow(&self, master: bool, line_disabled: bool) {
+        let mut state = self.state();
+        state.master = master;
+        state.disabled = line_disabled;
+        state.send_waiting();
+        state.show_line();
+    }
+
+    /// Holds everything back while the device is stopped.
+    pub(super) fn stop(&self, stopped: bool) {
+        let mut state = self.state();
+        state.stopped = stopped;
+        state.send_waiting();
+        state.show_line();
+    }
+
+    /// Whether the device asks for the line.
+    pub(super) fn is_asserted(&self) -> bool {
+        self.state().asserted
+    }
+
+    /// The device was reset: what had to wait is sent no more.
+    pub(super) fn forget(&self) {
+        self.state().waiting.clear();
+    }
+
     /// Signals a vector because the client asks for it.
     pub(super) fn trigger(&self, index: u32, vector: usize) {
         let state = self.state();
@@ -145,19 +211,14 @@ impl VfioUserInterrupts {
 
 impl VectorInterrupt for VfioUserInterrupts {
     fn signal(&self, vector: u16) -> io::Result<()> {
-        let state = self.state();
-        let vector = usize::from(vector);
-        let file = if state.msix.is_empty() {
-            // Fewer vectors than were asked for share what there is.
-            let vector = vector % state.msi.len().max(1);
-            state.msi.get(vector)
-        } else {
-            state.msix.get(vector)
-        };
-        match file {
-            Some(Some(file)) => sys::signal(file),
-            _ => Err(io::ErrorKind::NotConnected.into()),
+        let mut state = self.state();
+        if state.master && !state.stopped {
+            return state.send(vector);
         }
+        if usize::from(vector) < MAX_VECTORS {
+            state.waiting.insert(vector);
+        }
+        Ok(())
     }
 
     fn set_level(&self, asserted: bool) {

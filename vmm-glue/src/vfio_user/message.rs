@@ -10,11 +10,11 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::net::UnixStream,
     },
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -82,13 +82,27 @@ impl From<Broken> for Error {
     }
 }
 
-/// The body of a reply, or the client's error.
-type Reply = Result<Vec<u8>, i32>;
+/// A reply of ours.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    pub(super) body: Vec<u8>,
+    /// A descriptor that goes with it.
+    pub(super) file: Option<Arc<File>>,
+}
+
+impl From<Vec<u8>> for Reply {
+    fn from(body: Vec<u8>) -> Self {
+        Self { body, file: None }
+    }
+}
+
+/// The body of a reply of the client, or its error.
+type Replied = Result<Vec<u8>, i32>;
 
 /// What was read.
 enum Incoming {
     Command(Message),
-    Reply(u16, Reply),
+    Reply(u16, Replied),
     /// Nothing in that time.
     Nothing,
     /// The client is gone, or the server is to stop.
@@ -103,12 +117,21 @@ struct State {
     aside: VecDeque<Message>,
     aside_bytes: usize,
     /// Commands of ours without a reply yet, and replies that were not taken yet.
-    waiting: HashMap<u16, Option<Reply>>,
+    waiting: HashMap<u16, Option<Replied>>,
     next: u16,
     /// Since when the session executes a command.
     busy_since: Option<Instant>,
     over: bool,
     error: Option<Error>,
+}
+
+/// What the header of a message of ours has, besides its size.
+#[derive(Clone, Copy, Debug)]
+struct Header {
+    id: u16,
+    command: u16,
+    flags: u32,
+    errno: i32,
 }
 
 /// One end of a connection.
@@ -279,37 +302,37 @@ impl Channel {
     }
 
     /// Answers a command, unless it asked for no answer.
-    pub(super) fn reply(&self, message: &Message, result: Reply) -> Result<(), Error> {
+    pub(super) fn reply(&self, message: &Message, result: Result<Reply, i32>) -> Result<(), Error> {
         if message.no_reply {
             return Ok(());
         }
-        let (flags, errno, body) = match result {
-            Ok(body) => (TYPE_REPLY, 0, body),
-            Err(errno) => (TYPE_REPLY | ERROR, errno, Vec::new()),
+        let (flags, errno, reply) = match result {
+            Ok(reply) => (TYPE_REPLY, 0, reply),
+            Err(errno) => (TYPE_REPLY | ERROR, errno, Reply::default()),
         };
-        self.send(message.id, message.command, flags, errno, &[&body])
+        let header = Header {
+            id: message.id,
+            command: message.command,
+            flags,
+            errno,
+        };
+        self.send(header, &[&reply.body], reply.file.as_deref())
     }
 
-    fn send(
-        &self,
-        id: u16,
-        command: u16,
-        flags: u32,
-        errno: i32,
-        body: &[&[u8]],
-    ) -> Result<(), Error> {
+    fn send(&self, header: Header, body: &[&[u8]], file: Option<&File>) -> Result<(), Error> {
         let size = HEADER + body.iter().map(|part| part.len()).sum::<usize>();
         let mut bytes = Vec::with_capacity(size);
-        bytes.extend_from_slice(&id.to_ne_bytes());
-        bytes.extend_from_slice(&command.to_ne_bytes());
+        bytes.extend_from_slice(&header.id.to_ne_bytes());
+        bytes.extend_from_slice(&header.command.to_ne_bytes());
         bytes.extend_from_slice(&(size as u32).to_ne_bytes());
-        bytes.extend_from_slice(&flags.to_ne_bytes());
-        bytes.extend_from_slice(&errno.to_ne_bytes());
+        bytes.extend_from_slice(&header.flags.to_ne_bytes());
+        bytes.extend_from_slice(&header.errno.to_ne_bytes());
         for part in body {
             bytes.extend_from_slice(part);
         }
         let _alone = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.socket.send(&bytes, &[], self.stop.as_fd())?)
+        let fd = file.map(AsRawFd::as_raw_fd);
+        Ok(self.socket.send(&bytes, fd.as_slice(), self.stop.as_fd())?)
     }
 
     /// Sends a command of ours and waits for its reply. Called by any thread but the session's.
@@ -333,7 +356,13 @@ impl Channel {
         };
         let bytes: usize = body.iter().map(|part| part.len()).sum();
         self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
-        let answer = match self.send(id, command, TYPE_COMMAND, 0, body) {
+        let header = Header {
+            id,
+            command,
+            flags: TYPE_COMMAND,
+            errno: 0,
+        };
+        let answer = match self.send(header, body, None) {
             Ok(()) => self.wait_for(id),
             Err(error) => {
                 self.fail(error);

@@ -3,11 +3,15 @@
 //! The session reads one message after the other and answers in order. Memory is exchanged while
 //! the device is paused: nothing it has begun reaches into memory that the client has unmapped.
 
+mod device;
 mod interrupts;
 mod memory;
 mod message;
+mod migration;
 mod nvme;
+mod poll;
 mod session;
+mod stream;
 
 use std::{
     io,

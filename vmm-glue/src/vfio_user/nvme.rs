@@ -1,14 +1,14 @@
 //! An NVMe controller as a PCI function, with a thread for each of its workers.
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, sync::Arc, time::Instant};
 
 use virtio_devices::{
-    MemorySource, VectorInterrupt,
-    nvme::{NvmeConfig, NvmeController, Subsystem},
+    Error as DeviceError, MemorySource, Result as DeviceResult, VectorInterrupt,
+    nvme::{NvmeConfig, NvmeController, NvmeState, NvmeWorkerState, Subsystem},
 };
 
-use super::{Error, PausableFunction};
-use crate::pci::{Bar, Description, Msix, PciFunction, WorkerThreads};
+use super::{Error, PausableFunction, poll::Poller};
+use crate::pci::{Bar, Carry, Description, Mappable, Migratable, Msix, PciFunction, WorkerThreads};
 
 /// How the function is made.
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub struct NvmeFunctionConfig {
     /// PCI device and subsystem identifier. Drivers do not look at it: they know an NVMe controller
     /// by its class.
     pub device: u16,
+    /// Lets the bus map the doorbells, and looks at them on a thread that never sleeps.
+    pub poll: bool,
 }
 
 impl Default for NvmeFunctionConfig {
@@ -26,6 +28,7 @@ impl Default for NvmeFunctionConfig {
             controller: NvmeConfig::default(),
             // From the range that is free for experiments, like the default vendor.
             device: 0x10f4,
+            poll: false,
         }
     }
 }
@@ -34,7 +37,8 @@ impl Default for NvmeFunctionConfig {
 pub struct NvmeFunction {
     controller: Arc<NvmeController>,
     device: u16,
-    threads: WorkerThreads,
+    threads: WorkerThreads<NvmeWorkerState>,
+    poller: Option<Poller>,
 }
 
 impl NvmeFunction {
@@ -64,12 +68,21 @@ impl NvmeFunction {
                 format!("nvme-q{index}")
             };
             let (worker, memory) = (Arc::clone(&controller), memory.clone());
-            threads.start(name, kick, move || worker.worker(index, memory))?;
+            let carry = Carry {
+                save: |worker| worker.save(),
+                restore: |worker, state| worker.restore(state),
+            };
+            threads.start(name, kick, move || worker.worker(index, memory), carry)?;
         }
+        let poller = config
+            .poll
+            .then(|| Poller::start(&controller))
+            .transpose()?;
         Ok(Self {
             controller,
             device: config.device,
             threads,
+            poller,
         })
     }
 
@@ -128,6 +141,20 @@ impl PciFunction for NvmeFunction {
         self.controller.use_messages(messages);
     }
 
+    fn set_bus_master(&self, on: bool) {
+        self.controller.set_bus_master(on);
+    }
+
+    fn mappable(&self, bar: u8) -> Option<Mappable> {
+        self.poller.as_ref().filter(|_| bar == 0)?.mappable()
+    }
+
+    fn renew_mappable(&self) {
+        if let Some(poller) = &self.poller {
+            poller.renew(&self.controller);
+        }
+    }
+
     fn reset(&self) {
         self.controller.reset();
     }
@@ -144,5 +171,38 @@ impl PausableFunction for NvmeFunction {
 
     fn resume(&self) {
         self.threads.resume();
+    }
+
+    fn migration(&self) -> Option<&dyn Migratable> {
+        Some(self)
+    }
+}
+
+impl Migratable for NvmeFunction {
+    fn stop(&self, until: Instant) -> DeviceResult<()> {
+        // Admin commands may need the other workers to end, whose last answers it takes afterwards.
+        let drained = self.threads.drain(..1, until)
+            && self.threads.drain(1.., until)
+            && self.threads.drain(..1, until);
+        if drained {
+            return Ok(());
+        }
+        self.threads.resume();
+        Err(DeviceError::Busy("commands have not ended".to_owned()))
+    }
+
+    fn save(&self) -> DeviceResult<Vec<u8>> {
+        // What the driver has rung last.
+        self.controller.poll_doorbells();
+        let state = self.controller.save(self.threads.save()?)?;
+        serde_json::to_vec(&state).map_err(|error| DeviceError::State(error.to_string()))
+    }
+
+    fn restore(&self, state: &[u8]) -> DeviceResult<()> {
+        let state = serde_json::from_slice(state);
+        let state: NvmeState = state.map_err(|error| DeviceError::State(error.to_string()))?;
+        self.controller.restore(&state)?;
+        self.threads.restore(state.workers);
+        Ok(())
     }
 }

@@ -1,13 +1,5 @@
 //! A vfio-user client for tests: messages, and guest memory in a memfd.
 
-#![allow(
-    dead_code,
-    missing_docs,
-    unreachable_pub,
-    clippy::unwrap_used,
-    reason = "tests"
-)]
-
 use std::{
     fs::File,
     io::Read,
@@ -26,6 +18,10 @@ pub const MEMORY: u64 = 4 << 20;
 pub const BASE: u64 = 0x1_0000_0000;
 /// The most bytes of data in a message, as the client says.
 pub const MAX_DATA: usize = 1000;
+/// The region of the configuration space.
+pub const CONFIG: u32 = 7;
+/// The command register: memory, bus master.
+pub const MASTER: u32 = 6;
 
 fn memfd() -> File {
     // SAFETY: the name is a NUL-terminated string.
@@ -39,7 +35,8 @@ fn memfd() -> File {
 
 pub struct Client {
     pub socket: UnixStream,
-    next: u16,
+    /// The number of the last message.
+    pub next: u16,
     pub memory: File,
     /// Accesses of the server to memory by messages: reads, writes.
     pub accesses: [usize; 2],
@@ -47,10 +44,17 @@ pub struct Client {
     pub refused_below: u64,
     /// It answers no accesses while it waits for a reply itself.
     pub deaf: bool,
+    /// What came with the last message.
+    pub received: Option<File>,
 }
 
 impl Client {
     pub fn connect(path: &Path) -> Self {
+        Self::with_memory(path, memfd())
+    }
+
+    /// The same guest with another server: it has the memory that it had.
+    pub fn with_memory(path: &Path, memory: File) -> Self {
         let socket = UnixStream::connect(path).unwrap();
         socket
             .set_read_timeout(Some(Duration::from_secs(20)))
@@ -58,10 +62,11 @@ impl Client {
         let mut client = Self {
             socket,
             next: 0,
-            memory: memfd(),
+            memory,
             accesses: [0; 2],
             refused_below: 0,
             deaf: false,
+            received: None,
         };
         let mut body = vec![0; 4];
         body.extend_from_slice(b"{\"capabilities\":{\"max_data_xfer_size\":1000}}\0");
@@ -112,7 +117,10 @@ impl Client {
 
     fn receive(&mut self) -> ([u8; 16], Vec<u8>) {
         let mut header = [0; 16];
-        self.socket.read_exact(&mut header).unwrap();
+        let (bytes, file) = self.socket.recv_with_fd(&mut header).unwrap();
+        assert_ne!(bytes, 0, "the connection is gone");
+        self.socket.read_exact(&mut header[bytes..]).unwrap();
+        self.received = file;
         let size = u32::from_ne_bytes(header[4..8].try_into().unwrap());
         let mut body = vec![0; size as usize - 16];
         self.socket.read_exact(&mut body).unwrap();
@@ -151,6 +159,22 @@ impl Client {
         bytes.extend_from_slice(&14_u32.to_ne_bytes());
         bytes.extend_from_slice(&answer);
         std::io::Write::write_all(&mut self.socket, &bytes).unwrap();
+    }
+
+    /// Sets the command register, as a driver does before it uses the function.
+    pub fn set_command(&mut self, value: u32) {
+        let mut body = Self::access(4, CONFIG, 2);
+        body.extend_from_slice(&(value as u16).to_ne_bytes());
+        self.call(10, &body, &[]).unwrap();
+    }
+
+    /// VFIO_USER_DEVICE_FEATURE: the data of the answer.
+    pub fn feature(&mut self, flags: u32, data: &[u8]) -> Result<Vec<u8>, u32> {
+        let mut body: Vec<u8> = [64, flags].iter().flat_map(|it| it.to_ne_bytes()).collect();
+        body.extend_from_slice(data);
+        let answer = self.call(16, &body, &[])?;
+        assert_eq!(answer[4..8], flags.to_ne_bytes());
+        Ok(answer[8..].to_vec())
     }
 
     /// Whether a message waits.

@@ -1,8 +1,4 @@
-//! The vfio-user server, from a client's seat: an NVMe controller that is enabled, identified, used and
-//! reset over the socket.
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod vfio_client;
+//! An NVMe controller behind the server: enabled, identified, used and reset over the socket.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -18,168 +14,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use block::{AsyncDiskFile, Format, OpenOptions};
-use vfio_client::{BASE, Client, MEMORY};
-use virtio_devices::{
-    nvme::{NamespaceConfig, NvmeConfig, Subsystem, SubsystemConfig},
-    testing::{MockDisk, MockDiskConfig},
-};
-use vm_memory::GuestMemoryAtomic;
-use vmm_glue::vfio_user::{
-    NvmeFunction, NvmeFunctionConfig, StopHandle, VfioUserInterrupts, VfioUserMemory,
-    VfioUserServer,
-};
+use block::{Format, OpenOptions};
+use virtio_devices::testing::{MockDisk, MockDiskConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-struct Server {
-    disk: MockDisk,
-    stop: StopHandle,
-    thread: Option<thread::JoinHandle<()>>,
-    folder: tempfile::TempDir,
-}
-
-impl Server {
-    fn start() -> Self {
-        let disk = MockDisk::new(MockDiskConfig::default());
-        Self::over(disk.clone(), Box::new(disk))
-    }
-
-    fn over(disk: MockDisk, served: Box<dyn AsyncDiskFile>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let subsystem = Subsystem::new(SubsystemConfig::default()).unwrap();
-        subsystem
-            .add_namespace(served, &NamespaceConfig::default())
-            .unwrap();
-        let interrupts = Arc::new(VfioUserInterrupts::default());
-        let memory = GuestMemoryAtomic::new(VfioUserMemory::new());
-        let config = NvmeFunctionConfig {
-            controller: NvmeConfig {
-                io_queues: 2,
-                vectors: 3,
-                ..NvmeConfig::default()
-            },
-            ..NvmeFunctionConfig::default()
-        };
-        let function = NvmeFunction::new(&subsystem, config, &memory, interrupts.clone()).unwrap();
-        let path = folder.path().join("s");
-        let mut server =
-            VfioUserServer::bind(&path, Arc::new(function), memory, interrupts).unwrap();
-        let stop = server.stop_handle().unwrap();
-        let thread = thread::spawn(move || server.run().unwrap());
-        Self {
-            disk,
-            stop,
-            thread: Some(thread),
-            folder,
-        }
-    }
-
-    fn path(&self) -> std::path::PathBuf {
-        self.folder.path().join("s")
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.stop();
-        let ended = self.thread.take().map(thread::JoinHandle::join);
-        assert!(ended.is_some_and(|it| it.is_ok()));
-    }
-}
-
-/// The driver of an NVMe controller.
-trait Nvme {
-    fn enable(&mut self);
-    /// Posts entry `index` of a queue and waits for its completion; returns the status field.
-    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16;
-    fn post(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]);
-    fn create_queues(&mut self);
-    fn identify(&mut self, index: u64) -> u16;
-    /// A read or write of one block.
-    fn io(opcode: u32) -> [(usize, u32); 5];
-    fn transfer(&mut self, index: u64, opcode: u32) -> u16;
-}
-
-impl Nvme for Client {
-    fn enable(&mut self) {
-        self.memory.write_all_at(&[0; 0x4000], 0).unwrap();
-        self.write(0x24, 0x000f_000f);
-        for (at, value) in [(0x28, BASE), (0x30, BASE + 0x1000)] {
-            self.write(at, value as u32);
-            self.write(at + 4, (value >> 32) as u32);
-        }
-        self.write(0x14, 0x0046_0001);
-        self.until("ready", |it| it.read(0, 0x1c) & 1 != 0);
-    }
-
-    fn post(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) {
-        let mut entry = [0; 64];
-        for (at, value) in dwords {
-            entry[at * 4..at * 4 + 4].copy_from_slice(&value.to_le_bytes());
-        }
-        let base = queue * 0x2000;
-        self.memory.write_all_at(&entry, base + index * 64).unwrap();
-    }
-
-    fn command(&mut self, queue: u64, index: u64, dwords: &[(usize, u32)]) -> u16 {
-        self.post(queue, index, dwords);
-        let base = queue * 0x2000;
-        self.write(0x1000 + 8 * queue, index as u32 + 1);
-        let mut status = 0;
-        self.until("a completion", |it| {
-            let mut entry = [0; 16];
-            it.memory
-                .read_exact_at(&mut entry, base + 0x1000 + index * 16)
-                .unwrap();
-            status = u16::from_le_bytes([entry[14], entry[15]]);
-            status & 1 != 0
-        });
-        status >> 1
-    }
-
-    fn create_queues(&mut self) {
-        for (index, opcode, at, flags) in [(0, 5, 0x3000, 3 | 1 << 16), (1, 1, 0x2000, 1 | 1 << 16)]
-        {
-            let low = (BASE + at) as u32;
-            let high = ((BASE + at) >> 32) as u32;
-            let entry = [
-                (0, opcode | 7 << 16),
-                (6, low),
-                (7, high),
-                (10, 1 | 15 << 16),
-                (11, flags),
-            ];
-            assert_eq!(self.command(0, index, &entry), 0);
-        }
-    }
-
-    fn identify(&mut self, index: u64) -> u16 {
-        let at = BASE + 0xa000;
-        let (low, high) = (at as u32, (at >> 32) as u32);
-        self.command(0, index, &[(0, 6 | 8 << 16), (6, low), (7, high), (10, 1)])
-    }
-
-    fn io(opcode: u32) -> [(usize, u32); 5] {
-        let at = BASE + 0x8000;
-        [
-            (0, opcode | 9 << 16),
-            (1, 1),
-            (6, at as u32),
-            (7, (at >> 32) as u32),
-            (10, 3),
-        ]
-    }
-
-    fn transfer(&mut self, index: u64, opcode: u32) -> u16 {
-        self.command(1, index, &Self::io(opcode))
-    }
-}
+use crate::{
+    client::{BASE, Client, MEMORY},
+    nvme_driver::Nvme,
+    server::{nvme, nvme_over},
+};
 
 #[test]
 fn a_client_uses_the_controller_and_the_next_one_finds_it_fresh() {
-    let server = Server::start();
+    let server = nvme();
     for round in 1..=2_u8 {
-        let mut client = Client::connect(&server.path());
+        let mut client = server.client();
         let info = client.words(4, &[16, 0, 0, 0], &[]).unwrap();
         assert_eq!(info[8..16], [9, 0, 0, 0, 5, 0, 0, 0]);
         assert_eq!(client.read(7, 8) >> 8, 0x01_0802);
@@ -212,8 +61,8 @@ fn a_client_uses_the_controller_and_the_next_one_finds_it_fresh() {
 
 #[test]
 fn an_unmap_waits_for_what_is_in_flight() {
-    let server = Server::start();
-    let mut client = Client::connect(&server.path());
+    let server = nvme();
+    let mut client = server.client();
     client.map();
     client.enable();
     client.create_queues();
@@ -240,7 +89,7 @@ fn an_unmap_waits_for_what_is_in_flight() {
 
 #[test]
 fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
-    let server = Server::start();
+    let server = nvme();
     // No version first; a header that lies; a message that ends in the middle.
     for bytes in [
         [1, 0, 13, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0].as_slice(),
@@ -255,7 +104,7 @@ fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
         let mut rest = Vec::new();
         let _ = socket.read_to_end(&mut rest);
     }
-    let mut client = Client::connect(&server.path());
+    let mut client = server.client();
     // Every command with bodies of every small size gets an answer.
     for command in 2..20 {
         for len in [0, 4, 8, 15, 16, 20, 24, 32, 40] {
@@ -271,9 +120,9 @@ fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
 
 #[test]
 fn a_memfd_that_shrinks_costs_the_connection_alone() {
-    let server = Server::start();
+    let server = nvme();
     for shrunk in [0, 0x2000] {
-        let mut client = Client::connect(&server.path());
+        let mut client = server.client();
         client.map();
         client.enable();
         client.create_queues();
@@ -284,7 +133,7 @@ fn a_memfd_that_shrinks_costs_the_connection_alone() {
         let end = client.socket.read_to_end(&mut rest);
         assert!(end.is_ok() || end.is_err_and(|it| it.kind() == ErrorKind::ConnectionReset));
     }
-    let mut client = Client::connect(&server.path());
+    let mut client = server.client();
     client.map();
     client.enable();
     client.create_queues();
@@ -293,8 +142,8 @@ fn a_memfd_that_shrinks_costs_the_connection_alone() {
 
 #[test]
 fn memory_without_a_descriptor_is_reached_by_messages() {
-    let server = Server::start();
-    let mut client = Client::connect(&server.path());
+    let server = nvme();
+    let mut client = server.client();
     client.map_range(3, BASE, MEMORY, &[]).unwrap();
     assert_eq!(client.map_range(3, BASE + 4096, 4096, &[]), Err(17));
     client.enable();
@@ -327,8 +176,8 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
 
 #[test]
 fn memory_with_and_without_descriptors_beside_each_other() {
-    let server = Server::start();
-    let mut client = Client::connect(&server.path());
+    let server = nvme();
+    let mut client = server.client();
     let fd = client.memory.as_raw_fd();
     // The queues are mapped, the data is not; then it may only be read, then only be written.
     client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
@@ -353,8 +202,8 @@ fn memory_with_and_without_descriptors_beside_each_other() {
 
 #[test]
 fn a_read_that_the_client_refuses_is_an_error_of_that_command() {
-    let server = Server::start();
-    let mut client = Client::connect(&server.path());
+    let server = nvme();
+    let mut client = server.client();
     let fd = client.memory.as_raw_fd();
     client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
     client.map_range(3, BASE + 0x8000, 0x1000, &[]).unwrap();
@@ -372,15 +221,15 @@ fn a_read_that_the_client_refuses_is_an_error_of_that_command() {
     while !client.is_gone() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
-    let mut client = Client::connect(&server.path());
+    let mut client = server.client();
     client.map();
     client.enable();
 }
 
 #[test]
 fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
-    let server = Server::start();
-    let mut client = Client::connect(&server.path());
+    let server = nvme();
+    let mut client = server.client();
     client.map_range(3, BASE, MEMORY, &[]).unwrap();
     client.enable();
     client.create_queues();
@@ -404,7 +253,7 @@ fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
     drop(client);
-    let mut client = Client::connect(&server.path());
+    let mut client = server.client();
     client.map();
     client.enable();
     client.create_queues();
@@ -413,10 +262,10 @@ fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
 
 #[test]
 fn a_reset_and_an_unmap_are_answered_after_every_operation() {
-    let server = Server::start();
+    let server = nvme();
     for (round, opcode) in [(0, 1), (1, 2)] {
         for command in [13, 3] {
-            let mut client = Client::connect(&server.path());
+            let mut client = server.client();
             client.map();
             client.enable();
             client.create_queues();
@@ -458,8 +307,8 @@ fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(1 << 20).unwrap();
     let image = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
-    let server = Server::over(MockDisk::new(MockDiskConfig::default()), image);
-    let mut client = Client::connect(&server.path());
+    let server = nvme_over(MockDisk::new(MockDiskConfig::default()), image);
+    let mut client = server.client();
     client.map();
     client.enable();
     client.create_queues();
