@@ -284,7 +284,10 @@ fn a_bench_verifies_and_reports() {
             row["lat_ns"]["p999"].as_u64() >= row["lat_ns"]["p50"].as_u64(),
             "{row}"
         );
-        assert_eq!(row.as_object().map(serde_json::Map::len), Some(11), "{row}");
+        let buckets = row["lat_hist_ns"].as_array().expect("buckets");
+        let counted: Option<u64> = buckets.iter().map(|bucket| bucket["count"].as_u64()).sum();
+        assert!(counted > Some(0), "{row}");
+        assert_eq!(row.as_object().map(serde_json::Map::len), Some(12), "{row}");
     }
     assert_eq!(
         std::fs::read_dir(lab.path(".")).expect("folder").count(),
@@ -313,7 +316,10 @@ fn a_bench_verifies_and_reports() {
         "--device",
         "both",
     ]));
+    let (table, histograms) = table.split_once("\n\n").expect("histograms");
     assert_eq!(table.lines().count(), 3, "{table}");
+    assert_eq!(histograms.matches("latency, ").count(), 2, "{histograms}");
+    assert!(histograms.contains(" % #"), "{histograms}");
 }
 
 #[test]

@@ -32,7 +32,7 @@ EXAMPLES
     platter bench scratch.raw --rw randrw --rwmixread 70 --size 256M --verify
 
 Each job is a queue with a thread of its own. lat_ns are percentiles of the time from submission to
-completion; cpu_ns_per_io is the CPU time of the whole process, kernel threads working for it
+completion, and lat_hist_ns counts those times: the number from one time to another, both included; cpu_ns_per_io is the CPU time of the whole process, kernel threads working for it
 included, divided by the requests. With --verify (and in the run without an image) jobs have regions of
 their own.")]
 pub(crate) struct BenchArgs {
@@ -90,6 +90,9 @@ pub(crate) struct BenchArgs {
     /// Print for people or for programs
     #[arg(long, value_name = "human|json", default_value = "human", value_parser = ["human", "json"])]
     output: String,
+    /// Also without an image: show how the latencies of each row lie
+    #[arg(long)]
+    pub(super) histogram: bool,
     /// The image name is a list of options (driver=qcow2,file.filename=PATH,...)
     #[arg(long)]
     pub(super) image_opts: bool,

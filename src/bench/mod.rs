@@ -83,7 +83,7 @@ fn on_image(args: &BenchArgs, image: &str, persona: Persona) -> Outcome {
     }
     disk.close()
         .map_err(|error| Failure::new(error.to_string()))?;
-    report::print(&rows, args.json());
+    report::print(&rows, args.json(), true);
     Ok(0)
 }
 

@@ -2,6 +2,7 @@
 
 use block::io::EngineKind;
 use serde::Serialize;
+use virtio_devices::histogram::Bucket;
 
 use crate::{
     bench::{Case, load::Measured},
@@ -31,6 +32,7 @@ pub(super) struct Row {
     mib_per_s: f64,
     lat_ns: Latency,
     cpu_ns_per_io: f64,
+    lat_hist_ns: Vec<Bucket>,
 }
 
 #[derive(Serialize)]
@@ -58,6 +60,7 @@ impl Row {
                 p999: measured.latency.p999(),
             },
             cpu_ns_per_io: measured.cpu.as_nanos() as f64 / measured.ios.max(1) as f64,
+            lat_hist_ns: measured.latency.buckets().collect(),
         }
     }
 
@@ -75,12 +78,73 @@ fn time(nanoseconds: u64) -> String {
     }
 }
 
-/// Prints the rows.
-pub(super) fn print(rows: &[Row], as_json: bool) {
+/// The widest bar of a histogram, in characters.
+const WIDEST: u64 = 50;
+
+/// A line of a histogram for people: latencies from one time up to, not including, another.
+#[derive(Debug, PartialEq, Eq)]
+struct Step {
+    from: u64,
+    to: u64,
+    count: u64,
+}
+
+/// Buckets put together: every power of two is cut in the middle, which is where buckets end, too.
+fn steps(buckets: &[Bucket]) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    for bucket in buckets {
+        match steps.last_mut() {
+            Some(step) if bucket.from < step.to => step.count += bucket.count,
+            _ => {
+                let power = 1_u64 << (63 - (bucket.from | 1).leading_zeros());
+                let middle = power + power / 2;
+                let (from, to) = match bucket.from {
+                    0 => (0, 1),
+                    from if from < middle => (power, middle),
+                    _ => (middle, 2 * power),
+                };
+                steps.push(Step {
+                    from,
+                    to,
+                    count: bucket.count,
+                });
+            }
+        }
+    }
+    steps
+}
+
+/// Prints how the latencies of a row lie.
+fn print_histogram(row: &Row) {
+    let steps = steps(&row.lat_hist_ns);
+    let total: u64 = steps.iter().map(|step| step.count).sum();
+    let most = steps.iter().map(|step| step.count).max().unwrap_or(1);
+    say!("\nlatency, {} {}:", row.front_end, row.rw);
+    for Step { from, to, count } in steps {
+        let share = count as f64 / total as f64 * 100.0;
+        let width = (u128::from(count) * u128::from(WIDEST)).div_ceil(u128::from(most)) as usize;
+        say!(
+            "{:>10} -{:>10} {count:>10} {share:>6.2} % {}",
+            time(from),
+            time(to),
+            "#".repeat(width)
+        );
+    }
+}
+
+/// Prints the rows; with `histograms`, for people, also how the latencies of each lie.
+pub(super) fn print(rows: &[Row], as_json: bool, histograms: bool) {
     if as_json {
         json::print(&Rows { rows });
         return;
     }
+    print_table(rows);
+    if histograms {
+        rows.iter().for_each(print_histogram);
+    }
+}
+
+fn print_table(rows: &[Row]) {
     say!(
         "{:<7} {:<11} {:<10} {:<10} {:>8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>10} {:>9}",
         "format",
@@ -112,5 +176,30 @@ pub(super) fn print(rows: &[Row], as_json: bool) {
             time(row.lat_ns.p999),
             time(row.cpu_ns_per_io as u64)
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_devices::histogram::Histogram;
+
+    use super::*;
+
+    #[test]
+    fn steps_hold_every_latency_once() {
+        let mut histogram = Histogram::new();
+        let values = [0, 1, 5, 63, 64, 95, 96, 127, 128, 1_000_000, 1_048_576];
+        for value in values {
+            histogram.record(value);
+        }
+        let buckets: Vec<Bucket> = histogram.buckets().collect();
+        let steps = steps(&buckets);
+        for Step { from, to, count } in &steps {
+            let inside = values.iter().filter(|value| (*from..*to).contains(*value));
+            assert_eq!(inside.count() as u64, *count, "{from} to {to}");
+        }
+        let sum: u64 = steps.iter().map(|step| step.count).sum();
+        assert_eq!(sum, values.len() as u64);
+        assert!(steps.windows(2).all(|pair| pair[0].to <= pair[1].from));
     }
 }

@@ -128,7 +128,7 @@ pub(super) fn run(args: &BenchArgs, persona: Persona) -> Outcome {
         }
     }
     bar.finish_and_clear();
-    report::print(&rows, args.json());
+    report::print(&rows, args.json(), args.histogram);
     notes
         .iter()
         .for_each(|note| grumble!("not measured: {note}"));
