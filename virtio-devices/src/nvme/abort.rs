@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{
     Status,
     command::Command,
-    core::Mail,
+    core::{AbortReply, Mail},
     outcome::{Answer, Outcome},
     queues::NvmeQueues,
     slot::Step,
@@ -18,15 +18,6 @@ use crate::{
     memory::{QueueMemory, Window},
     worker::Batch,
 };
-
-/// What came of an Abort.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct AbortReply {
-    /// Names the Abort.
-    token: u64,
-    /// The command that was aborted: it is posted before the Abort ends.
-    aborted: Option<u64>,
-}
 
 /// Dword 0 of an Abort: bit 0 says that the command was not aborted.
 fn dword(aborted: bool) -> u32 {

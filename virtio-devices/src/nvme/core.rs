@@ -24,6 +24,15 @@ use super::{
 };
 use crate::{Result, stats::QueueStats};
 
+/// What came of an Abort.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AbortReply {
+    /// Names the Abort.
+    pub(super) token: u64,
+    /// The command that was aborted: it is posted before the Abort ends.
+    pub(super) aborted: Option<u64>,
+}
+
 /// What a worker is told.
 #[derive(Debug)]
 pub(super) enum Mail {

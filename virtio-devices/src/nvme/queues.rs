@@ -12,8 +12,7 @@ use std::{
 
 use super::{
     Status,
-    abort::AbortReply,
-    core::{Core, Mail, NewCq, NewSq, Port},
+    core::{AbortReply, Core, Mail, NewCq, NewSq, Port},
     doorbell::Shadow,
     events,
     namespace::Namespace,

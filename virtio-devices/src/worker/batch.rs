@@ -65,7 +65,7 @@ impl Batch {
             .all(|plane| plane.requests.len() < plane.room)
     }
 
-    /// Adds a request. `id` comes back in [`FrontEnd::complete`]; its top bit must be clear.
+    /// Adds a request. `id` comes back in [`FrontEnd::complete`](super::FrontEnd::complete); its top bit must be clear.
     pub fn push(&mut self, id: u64, op: RequestOp) {
         let pushed = self.push_to(0, id, op);
         debug_assert!(pushed, "a worker of one disk has plane 0");
