@@ -366,7 +366,8 @@ impl Engine for UringEngine {
                 .get(index)
                 .is_some_and(|file| file.waits_to_write)
         {
-            let writer = Writer::new(&self.notifier);
+            let writer = Writer::new(&self.notifier, self.slots.len());
+            self.written.reserve(self.slots.len());
             self.writer =
                 Some(writer.map_err(|error| Error::from(error).operation("start thread"))?);
         }

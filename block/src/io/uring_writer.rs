@@ -93,9 +93,9 @@ impl Shared {
         }
     }
 
-    fn run(&self) {
-        let mut writes = Vec::new();
-        let mut results = Vec::new();
+    fn run(&self, depth: usize) {
+        let mut writes = Vec::with_capacity(depth);
+        let mut results = Vec::with_capacity(TOLD_TOGETHER);
         while self.next(&mut writes) {
             for write in writes.drain(..) {
                 results.push((write.slot, write.perform()));
@@ -119,22 +119,26 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread, which writes `notifier` when there are results.
-    pub(super) fn new(notifier: &Arc<Notifier>) -> io::Result<Self> {
+    /// Starts the thread, which writes `notifier` when there are results. With at most `depth` writes
+    /// at a time nothing is allocated any more.
+    pub(super) fn new(notifier: &Arc<Notifier>, depth: usize) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            queue: Mutex::default(),
+            queue: Mutex::new(Queue {
+                writes: Vec::with_capacity(depth),
+                ..Queue::default()
+            }),
             changed: Condvar::new(),
-            results: Mutex::default(),
+            results: Mutex::new(Vec::with_capacity(depth)),
             told: AtomicBool::new(false),
             notifier: Arc::clone(notifier),
         });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("platter-writer".to_owned())
-            .spawn(move || theirs.run())?;
+            .spawn(move || theirs.run(depth))?;
         Ok(Self {
             shared,
-            held: Vec::new(),
+            held: Vec::with_capacity(depth),
             thread: Some(thread),
         })
     }
