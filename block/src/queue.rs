@@ -3,6 +3,8 @@
 //! A request that hits the map starts its host operations at once and allocates nothing; any other
 //! becomes a task. Both pin before they look anything up and unpin when their last operation ended.
 
+mod direct;
+
 use std::{
     any::Any,
     cell::{Cell, RefCell},
@@ -20,12 +22,13 @@ use crate::{
     hooks::Mutation,
     image::{Extent, ExtentKind, Extents, Intent},
     io::{
-        AsyncIo, Buffers, Completion, Driver, EngineFile, Eof, FileView, InFlight, Io, Key,
-        MemoryRegions, NewOp, OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab,
-        is_aligned,
+        AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, MemoryRegions, NewOp,
+        OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
     },
     serve::{self, Served},
 };
+
+use direct::{Direct, FileUse};
 
 /// The most requests a queue accepts at a time.
 const MAX_DEPTH: u32 = 65_536;
@@ -36,39 +39,6 @@ type Entered = SmallVec<[(FileId, u64, u64); 2]>;
 /// The change that a request makes which hit the map.
 fn mutation_of(intent: Intent, range: GuestRange) -> Option<Mutation> {
     (intent == Intent::WriteInPlace).then_some(Mutation::Write(range))
-}
-
-/// What an operation needs to know of its file.
-struct FileUse {
-    engine_file: EngineFile,
-    unit: u32,
-    eof: Eof,
-}
-
-impl FileUse {
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "the shape of `Io::with_file`'s argument"
-    )]
-    fn of(view: FileView<'_>) -> Self {
-        Self {
-            engine_file: view.engine_file,
-            unit: view.entry.file.alignment().offset,
-            eof: view.entry.eof(),
-        }
-    }
-}
-
-/// A request whose host operations are in flight.
-struct Direct {
-    id: u64,
-    buffers: Option<Buffers>,
-    pin: Pin,
-    /// Operations in flight, and one while they are being started.
-    operations: u32,
-    error: Option<ErrorKind>,
-    mutation: Option<Mutation>,
-    entered: Entered,
 }
 
 pub(crate) struct QueueInner {

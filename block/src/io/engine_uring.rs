@@ -78,8 +78,8 @@ pub struct UringOptions {
     pub compatible: bool,
 }
 
-/// Whether a file system that waits for a write would have it done by a worker of the kernel for no
-/// other reason. One that waits for the disk as well is the kernel's: it would hold up all others.
+/// A write that need not be durable when it ends. One that must be waits for the disk, and would
+/// hold up all others of the thread that makes it: the kernel has a worker for each of those.
 fn is_plain_write(op: &HostOp<'_>) -> bool {
     matches!(op, HostOp::Write { dsync: false, .. })
 }
@@ -106,7 +106,7 @@ pub struct UringEngine {
     unfinished: usize,
     memory: RegisteredMemory,
     notifier: Arc<Notifier>,
-    /// For writes that the ring cannot try; started with the first.
+    /// For writes that the ring cannot try; started with the first file that has such.
     writer: Option<Writer>,
     written: Vec<(u32, i32)>,
     /// Somebody may sleep on the notifier.
@@ -366,10 +366,14 @@ impl Engine for UringEngine {
                 .get(index)
                 .is_some_and(|file| file.waits_to_write)
         {
-            let writer = Writer::new(&self.notifier, self.slots.len());
+            match Writer::new(&self.notifier, self.slots.len()) {
+                Ok(writer) => self.writer = Some(writer),
+                Err(error) => {
+                    self.files.remove(index);
+                    return Err(Error::from(error).operation("start thread"));
+                }
+            }
             self.written.reserve(self.slots.len());
-            self.writer =
-                Some(writer.map_err(|error| Error::from(error).operation("start thread"))?);
         }
         if index.0 < self.table {
             let update = self.ring.submitter().register_files_update(index.0, &[fd]);

@@ -2,12 +2,9 @@
 
 use std::{
     cell::RefCell,
-    future::Future,
     path::PathBuf,
-    pin::Pin,
     rc::Rc,
     sync::{Arc, Mutex, atomic::Ordering},
-    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -16,11 +13,12 @@ use super::{
     core::{DiskCore, FileEntry},
     driver::Driver,
     operation::{Eof, NewOp, OpKind},
+    outcome::{Outcome, OutcomeFuture, Reporter},
     pins::QueuePins,
     spare::SpareBuffers,
 };
 use crate::faults::{Event, Operation};
-use crate::sync::{join_all, lock};
+use crate::sync::join_all;
 use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
 
 struct OpenFile {
@@ -574,52 +572,4 @@ pub(crate) fn is_aligned(entry: &FileEntry, offset: u64, segments: &[Segment]) -
             segment.len().is_multiple_of(unit)
                 && (segment.as_ptr() as usize).is_multiple_of(alignment.memory as usize)
         })
-}
-
-enum Outcome<T> {
-    Waiting(Option<Waker>),
-    Done(T),
-    Lost,
-}
-
-/// Reports what became of pool work, also when it panics.
-struct Reporter<T>(Arc<Mutex<Outcome<T>>>);
-
-impl<T> Reporter<T> {
-    fn report(&self, outcome: Outcome<T>) {
-        let before = std::mem::replace(&mut *lock(&self.0), outcome);
-        if let Outcome::Waiting(Some(waker)) = before {
-            waker.wake();
-        }
-    }
-}
-
-impl<T> Drop for Reporter<T> {
-    fn drop(&mut self) {
-        let waiting = matches!(&*lock(&self.0), Outcome::Waiting(_));
-        if waiting {
-            self.report(Outcome::Lost);
-        }
-    }
-}
-
-struct OutcomeFuture<T>(Arc<Mutex<Outcome<T>>>);
-
-impl<T> Future for OutcomeFuture<T> {
-    type Output = Result<T>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut outcome = lock(&self.0);
-        match std::mem::replace(&mut *outcome, Outcome::Lost) {
-            Outcome::Done(value) => Poll::Ready(Ok(value)),
-            Outcome::Lost => Poll::Ready(Err(Error::with_message(
-                ErrorKind::Cancelled,
-                "blocking work panicked",
-            ))),
-            Outcome::Waiting(_) => {
-                *outcome = Outcome::Waiting(Some(context.waker().clone()));
-                Poll::Pending
-            }
-        }
-    }
 }

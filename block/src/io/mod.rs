@@ -19,6 +19,7 @@ mod handle;
 mod loan;
 mod operation;
 mod os_host;
+mod outcome;
 mod pins;
 mod pool;
 mod ranges;
