@@ -4,7 +4,6 @@ mod typed;
 
 use std::{
     any::Any,
-    marker::PhantomData,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -14,7 +13,7 @@ use std::{
 
 use crate::{
     AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Error, ErrorKind, FileId, Format,
-    GuestRange, OpenOptions, Result,
+    GuestRange, Result,
     crypto::KeyChange,
     extras::DiskExtras,
     hooks::{Hook, Mutation},

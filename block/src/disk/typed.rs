@@ -1,6 +1,15 @@
 //! Disks whose format, and way of being driven, is a type: names for the pairs that embedders ask for.
 
-use super::*;
+use std::{marker::PhantomData, path::Path};
+
+use super::{Disk, ResizeListener};
+use crate::{
+    AsyncDiskFile, Capabilities, DiskFile, DiskTopology, Format, OpenOptions, Result,
+    crypto::KeyChange,
+    extras::DiskExtras,
+    image::{BlockStatus, ImageInfo},
+    io::{AsyncIo, EngineKind},
+};
 
 /// A format, as a type: what [`SyncDisk`] and [`AsyncDisk`] are named by.
 pub trait DiskFormat: Send + Sync + 'static {
