@@ -1,6 +1,6 @@
 //! `platter serve`: gives a disk to a virtual machine.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use block::io::EngineKind;
 use clap::{Args, Subcommand};
@@ -95,12 +95,18 @@ struct VhostUserBlkArgs {
     /// be swapped out or given back by a balloon
     #[arg(long)]
     pin_memory: bool,
+    /// Microseconds that a queue's thread looks for requests before it sleeps, at most; 0: never
+    #[arg(long, value_name = "US", default_value_t = 32, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    poll_max: u32,
     /// End after the first connection
     #[arg(long)]
     once: bool,
     /// A socket on which 'platter ctl' tells the running server what to do
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// The image name is a list of options (driver=qcow2,file.filename=PATH,...)
+    #[arg(long)]
+    image_opts: bool,
     /// The image
     #[arg(value_name = "IMAGE")]
     image: String,
@@ -119,7 +125,12 @@ fn vhost_user_blk(args: &VhostUserBlkArgs, persona: Persona) -> Outcome {
     // Before anything starts a thread, which would be killed by them otherwise.
     let signals = StopSignals::block()
         .map_err(|error| Failure::new(format!("signals cannot be blocked: {error}")))?;
-    let spec = ImageSpec::parse(&args.image, false, args.format.as_deref(), persona)?;
+    let spec = ImageSpec::parse(
+        &args.image,
+        args.image_opts,
+        args.format.as_deref(),
+        persona,
+    )?;
     let mut how = OpenHow {
         read_only: args.read_only,
         direct: args.direct,
@@ -144,6 +155,7 @@ fn vhost_user_blk(args: &VhostUserBlkArgs, persona: Persona) -> Outcome {
             serial: args.serial.clone(),
             read_only: args.read_only,
             pin_memory: args.pin_memory,
+            poll_max: Duration::from_micros(args.poll_max.into()),
             ..VirtioBlkConfig::default()
         },
         once: args.once,

@@ -81,6 +81,7 @@ pub(crate) fn run(args: &AhciArgs, persona: Persona) -> Outcome {
     let config = AhciFunctionConfig {
         hba: HbaConfig {
             ports: args.ports,
+            poll_max: args.common.poll_max(),
             ..HbaConfig::default()
         },
         ..AhciFunctionConfig::default()

@@ -141,6 +141,7 @@ fn serve(
                 workers: usize::from(args.threads.min(args.queues)),
                 vectors: args.queues + 1,
                 vendor: args.pci_id.0,
+                poll_max: args.common.poll_max(),
                 ..NvmeConfig::default()
             },
             device: args.pci_id.1,

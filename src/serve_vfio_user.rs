@@ -1,6 +1,6 @@
 //! The options that `platter serve nvme` and `platter serve ahci` share.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use block::io::EngineKind;
 use clap::Args;
@@ -22,6 +22,9 @@ pub(crate) struct VfioUserArgs {
     /// The engine: sync, io_uring or linux-aio (which needs --direct)
     #[arg(long, value_name = "ENGINE", value_parser = crate::util::persona::engine)]
     engine: Option<EngineKind>,
+    /// Microseconds that a queue's thread looks for commands before it sleeps, at most; 0: never
+    #[arg(long, value_name = "US", default_value_t = 32, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    poll_max: u32,
     /// End after the first connection of each socket
     #[arg(long)]
     pub(crate) once: bool,
@@ -31,6 +34,11 @@ pub(crate) struct VfioUserArgs {
 }
 
 impl VfioUserArgs {
+    /// How long a worker looks before it sleeps.
+    pub(crate) fn poll_max(&self) -> Duration {
+        Duration::from_micros(self.poll_max.into())
+    }
+
     /// How to open an image.
     pub(crate) fn how(&self, read_only: bool) -> Result<OpenHow, Failure> {
         let mut how = OpenHow {

@@ -13,7 +13,7 @@ use platter_benches::{
     Direction, Result, Work, command::Program, maintenance::Images, server::cpu_of,
 };
 
-use super::{Lab, client::Client};
+use super::{Lab, Set, client::Client};
 
 /// The option of this program that opens an image and tells the memory that this took.
 pub(crate) const OPEN: &str = "--open";
@@ -114,7 +114,7 @@ impl Lab {
             depth: 1,
             size: self.size(),
         };
-        let (mut ours, mut peer) = self.one_by_one(format, work)?;
+        let (mut ours, mut peer) = self.one_by_one(Set::Plain(format), work)?;
         ours.slice(Duration::from_millis(200), 1)?;
         peer.slice(Duration::from_millis(200), 1)?;
         thread::sleep(SETTLE);

@@ -16,26 +16,32 @@ use platter_benches::{
     stride::Pattern,
 };
 
-use super::{L2_CACHE, Lab, Set, client::Client};
+use super::{L2_CACHE, Lab, Set, client::Client, format_of};
 
 impl Lab {
     /// The image that is served.
-    pub(super) fn served_path(&self, format: Format, direct: bool) -> Result<PathBuf> {
-        self.path(Set::Plain(format), direct)
+    pub(super) fn served_path(&self, set: Set, direct: bool) -> Result<PathBuf> {
+        self.path(set, direct)
     }
 
     /// `platter serve` with an image.
-    pub(super) fn platter(&self, format: Format, direct: bool) -> Result<Server> {
-        let path = self.served_path(format, direct)?;
+    pub(super) fn platter(&self, set: Set, direct: bool) -> Result<Server> {
+        let path = self.served_path(set, direct)?;
         let socket = self.dir.path().join("ours.sock");
         let _ = fs::remove_file(&socket);
         let mut command = Command::new(&self.options.platter);
-        command.args(["serve", "vhost-user-blk", "-f", format.name()]);
-        command.arg("--socket").arg(&socket);
+        command.args(["serve", "vhost-user-blk", "--socket"]);
+        command.arg(&socket);
         if direct {
             command.arg("--direct");
         }
-        Server::start(command.arg(&path), &socket)
+        let format = format_of(set).name();
+        let cache = match format {
+            "qcow2" => format!(",l2-cache-size={L2_CACHE}"),
+            _ => String::new(),
+        };
+        let image = format!("driver={format}{cache},file.filename={}", path.display());
+        Server::start(command.args(["--image-opts", &image]), &socket)
     }
 
     /// `qemu-storage-daemon` with an image.
@@ -62,12 +68,13 @@ impl Lab {
     /// The daemon with whatever host I/O is best: `rate` tries one and says how good it is.
     fn best_daemon<T>(
         &self,
-        format: Format,
+        set: Set,
         direct: bool,
         client: impl Fn(Server) -> Result<T>,
         rate: impl Fn(&mut T) -> Result<f64>,
     ) -> Result<T> {
-        let path = self.served_path(format, direct)?;
+        let path = self.served_path(set, direct)?;
+        let format = format_of(set);
         let mut best: Option<(f64, &str)> = None;
         for aio in AIO {
             if aio == "native" && !direct {
@@ -86,22 +93,22 @@ impl Lab {
     /// A disk that `platter serve` serves, driven by QEMU's client.
     pub(super) fn served_by_platter(
         &self,
-        format: Format,
+        set: Set,
         work: Work,
         pattern: Pattern,
     ) -> Result<Box<dyn Side>> {
-        self.client(self.platter(format, work.direct)?, work, pattern)
+        self.client(self.platter(set, work.direct)?, work, pattern)
     }
 
     /// A disk that `qemu-storage-daemon` serves, driven by QEMU's client.
     pub(super) fn served_by_qemu(
         &self,
-        format: Format,
+        set: Set,
         work: Work,
         pattern: Pattern,
     ) -> Result<Box<dyn Side>> {
         self.best_daemon(
-            format,
+            set,
             work.direct,
             |server| self.client(server, work, pattern),
             |side| {
@@ -112,10 +119,10 @@ impl Lab {
     }
 
     /// The same two, each driven by the other client, one access at a time.
-    pub(super) fn one_by_one(&self, format: Format, work: Work) -> Result<(Client, Client)> {
-        let ours = Client::new(self.platter(format, work.direct)?, work)?;
+    pub(super) fn one_by_one(&self, set: Set, work: Work) -> Result<(Client, Client)> {
+        let ours = Client::new(self.platter(set, work.direct)?, work)?;
         let peer = self.best_daemon(
-            format,
+            set,
             work.direct,
             |server| Client::new(server, work),
             |client| {

@@ -2,13 +2,14 @@
 
 use std::{
     path::PathBuf,
-    process::{Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
 use crate::{
     Result,
     cpu::{self, Of},
+    patience,
     side::{Side, Slice},
 };
 
@@ -36,12 +37,7 @@ impl Program {
                 _ => {}
             }
         }
-        let run = Command::new(&self.program)
-            .args(&self.arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .output()
-            .map_err(|error| format!("{}: {error}", self.program.display()))?;
+        let run = patience::output(Command::new(&self.program).args(&self.arguments))?;
         if run.status.success() {
             return Ok(());
         }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::{
     Direction, Result, Work,
     cpu::{self, Of},
-    lanes,
+    lanes, patience,
     side::{Side, Slice},
 };
 
@@ -118,9 +118,8 @@ impl Fio {
 
 /// Runs fio; its report.
 fn launch(command: &mut Command) -> Result<Value> {
-    let output = command
-        .output()
-        .map_err(|error| format!("fio: {error}; install the package fio"))?;
+    let output =
+        patience::output(command).map_err(|error| format!("{error}; install the package fio"))?;
     if !output.status.success() {
         return Err(format!("fio: {}", String::from_utf8_lossy(&output.stderr)).into());
     }

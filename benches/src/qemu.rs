@@ -9,6 +9,7 @@ use std::{
 use crate::{
     Direction, Result, Work,
     cpu::{self, Of},
+    patience,
     side::{Side, Slice},
     stride::Pattern,
 };
@@ -140,8 +141,7 @@ impl QemuBench {
         let before = cpu_now()?;
         let mut command =
             Self::command(&self.program, &self.image, (&self.work, &self.pattern), ios);
-        let output = command.output();
-        let output = output.map_err(|error| format!("{}: {error}", self.program.display()))?;
+        let output = patience::output(&mut command)?;
         let text = String::from_utf8_lossy(&output.stdout);
         let seconds = text
             .split("completed in ")

@@ -58,7 +58,7 @@ pub(super) struct NvmeLane {
     worker: NvmeWorker<Arc<Memory>>,
     admin: NvmeWorker<Arc<Memory>>,
     controller: NvmeController,
-    queue: QueuePair<Memory>,
+    queue: QueuePair,
     memory: Arc<Memory>,
     data: u64,
     bs: u64,

@@ -1,12 +1,15 @@
 //! Guest memory as a queue sees it: one snapshot a batch, one reference count a queue.
 
-use std::sync::Arc;
+use std::{
+    any::Any,
+    sync::{Arc, atomic::Ordering},
+};
 
 use block::{ErrorKind, io::Buffers};
 use smallvec::SmallVec;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryResult,
-    Permissions, VolatileSlice,
+    ByteValued, Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic,
+    GuestMemoryResult, Permissions, VolatileMemory, VolatileSlice,
     bitmap::{BS, Bitmap},
     guest_memory::GuestMemorySliceIterator,
 };
@@ -94,6 +97,66 @@ pub(crate) fn contiguous<M: GuestMemory>(
 ) -> Option<VolatileSlice<'_, BS<'_, M::Bitmap>>> {
     let slice = memory.get_slices(address, len, access).ok()?.next()?.ok()?;
     (slice.len() == len).then_some(slice)
+}
+
+/// Guest memory that a driver in this process keeps its rings in: one piece of host memory, looked up
+/// once.
+pub(crate) struct GuestArea {
+    base: *mut u8,
+    len: usize,
+    _memory: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the area is an address in a mapping that `_memory` keeps alive on any thread; its bytes
+// are only accessed as volatile memory.
+unsafe impl Send for GuestArea {}
+
+impl GuestArea {
+    /// `len` bytes from `base` on; `None` where they are not in one piece of guest memory.
+    pub(crate) fn new<M>(memory: &Arc<M>, base: GuestAddress, len: usize) -> Option<Self>
+    where
+        M: GuestMemory + Send + Sync + 'static,
+    {
+        let slice = contiguous(&**memory, base, len, Permissions::ReadWrite)?;
+        Some(Self {
+            base: slice.ptr_guard_mut().as_ptr(),
+            len,
+            _memory: Arc::<M>::clone(memory),
+        })
+    }
+
+    /// The bytes.
+    pub(crate) fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: `base` and `len` are one slice of guest memory, which `_memory` keeps mapped, and
+        // nobody holds a reference to its bytes.
+        unsafe { VolatileSlice::new(self.base, self.len) }
+    }
+
+    pub(crate) fn put<T: ByteValued>(&self, offset: usize, value: T) {
+        match self.slice().get_ref(offset) {
+            Ok(slot) => slot.store(value),
+            Err(error) => debug_assert!(false, "{error}"),
+        }
+    }
+
+    pub(crate) fn get<T: ByteValued + Default>(&self, offset: usize) -> T {
+        match self.slice().get_ref(offset) {
+            Ok(slot) => slot.load(),
+            Err(error) => {
+                debug_assert!(false, "{error}");
+                T::default()
+            }
+        }
+    }
+
+    pub(crate) fn load(&self, offset: usize, order: Ordering) -> u16 {
+        u16::from_le(self.slice().load(offset, order).unwrap_or_default())
+    }
+
+    pub(crate) fn store(&self, offset: usize, value: u16, order: Ordering) {
+        let stored = self.slice().store(value.to_le(), offset, order);
+        debug_assert!(stored.is_ok());
+    }
 }
 
 /// Looks up ranges that are mostly in one region, for one batch. It remembers the host memory from

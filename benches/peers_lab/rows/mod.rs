@@ -131,6 +131,12 @@ impl Bench {
 /// How accesses go around the disk without coming back soon: an odd number of clusters and blocks.
 const STEP: u64 = (65536 + 4096) * 1237;
 
+/// An odd number of slices and blocks: each access needs a slice of a table that was not needed lately.
+const COLD: Pattern = Pattern {
+    step: (32 << 20) * 37 + 4096,
+    flush_every: 0,
+};
+
 /// Accesses in steps, a flush after so many writes.
 fn steps(step: u64, flush_every: u64) -> Pattern {
     Pattern { step, flush_every }

@@ -3,7 +3,7 @@
 use block::Format;
 use platter_benches::{Direction, report::Bars};
 
-use super::{DIRECTIONS, Rows, STEP, Sides, cache, steps, word};
+use super::{COLD, DIRECTIONS, Rows, STEP, Sides, cache, steps, word};
 use crate::peers_lab::Set;
 
 const IMAGE: Set = Set::Plain(Format::Qcow2);
@@ -68,17 +68,15 @@ fn beside_crates(rows: &mut Rows) {
 }
 
 fn cold_metadata(rows: &mut Rows) {
-    // An odd number of slices and blocks: each access needs a slice that was not needed lately.
-    let pattern = steps((32 << 20) * 37 + 4096, 0);
     for (depth, bar) in [(1, 1.0), (32, 2.0)] {
         let name = format!("qcow2 read direct {depth}, cold metadata, QEMU");
         rows.add(name, move |bench, name| {
             let mut work = bench.work(Direction::Read, true, depth);
             work.size = 1 << 40;
-            let ours = bench.lab.strided(Set::Huge, work, pattern)?;
-            let peer = bench.lab.qemu_bench(Set::Huge, work, pattern)?;
+            let ours = bench.lab.strided(Set::Huge, work, COLD)?;
+            let peer = bench.lab.qemu_bench(Set::Huge, work, COLD)?;
             let sides = Sides {
-                host: Some(bench.lab.same_reads(Set::Huge, work, pattern)?),
+                host: Some(bench.lab.same_reads(Set::Huge, work, COLD)?),
                 ..Sides::new(("Qcow2Async", ours), ("qemu-img", peer))
             };
             bench.compare(name, Bars::rate(bar), sides)

@@ -2,48 +2,75 @@
 
 use block::Format;
 use platter_benches::{
-    Direction, Result,
+    Direction, Result, Work,
     report::{Bars, pairs},
     table::{Bar, Entry, Measure},
 };
 
-use super::{Bench, DIRECTIONS, Rows, Sides, cache, steps, word};
-use crate::peers_lab::client::{Client, Latency, pread};
+use super::{Bench, COLD, DIRECTIONS, Rows, Sides, cache, steps, word};
+use crate::peers_lab::{
+    Set,
+    client::{Client, Latency, pread},
+};
 
 pub(super) fn add(rows: &mut Rows) {
     for format in [Format::Raw, Format::Qcow2] {
+        let set = Set::Plain(format);
         for direction in DIRECTIONS {
             for direct in [true, false] {
                 let what = format!("vhost-user {format} {} {}", word(direction), cache(direct));
                 rows.add(format!("{what} 32, QEMU"), move |bench, name| {
                     let work = bench.work(direction, direct, 32);
                     let pattern = steps(4096, 0);
-                    let ours = bench.lab.served_by_platter(format, work, pattern)?;
-                    let peer = bench.lab.served_by_qemu(format, work, pattern)?;
+                    let ours = bench.lab.served_by_platter(set, work, pattern)?;
+                    let peer = bench.lab.served_by_qemu(set, work, pattern)?;
                     let sides = Sides::new(("platter", ours), ("qemu-storage-daemon", peer));
                     let sides = sides.host(bench.lab.fio(work)?, 1.0);
                     bench.compare(name, Bars::rate(1.5).and_cpu(0.6), sides)
                 });
                 rows.add(format!("{what} 1, latency, QEMU"), move |bench, name| {
-                    latency(bench, name, format, (direction, direct))
+                    let work = bench.work(direction, direct, 1);
+                    latency(bench, name, set, work)
                 });
             }
         }
     }
+    cold_metadata(rows);
+}
+
+/// Tables that the cache does not hold: in steps as beside `qemu-img bench`, and at random.
+fn cold_metadata(rows: &mut Rows) {
+    let cold = |bench: &Bench, depth| Work {
+        size: 1 << 40,
+        ..bench.work(Direction::Read, true, depth)
+    };
+    let what = "vhost-user qcow2 read direct";
+    rows.add(
+        format!("{what} 32, cold metadata, QEMU"),
+        move |bench, name| {
+            let work = cold(bench, 32);
+            let ours = bench.lab.served_by_platter(Set::Huge, work, COLD)?;
+            let peer = bench.lab.served_by_qemu(Set::Huge, work, COLD)?;
+            let sides = Sides {
+                host: Some(bench.lab.same_reads(Set::Huge, work, COLD)?),
+                ..Sides::new(("platter", ours), ("qemu-storage-daemon", peer))
+            };
+            bench.compare(name, Bars::rate(2.0), sides)
+        },
+    );
+    rows.add(
+        format!("{what} 1, random cold metadata, latency, QEMU"),
+        move |bench, name| latency(bench, name, Set::Huge, cold(bench, 1)),
+    );
 }
 
 /// A slice's latencies, and the median of a plain `pread` right after.
 type Slice = (Latency, f64);
 
-fn latency(
-    bench: &Bench,
-    name: &str,
-    format: Format,
-    (direction, direct): (Direction, bool),
-) -> Result<Entry> {
-    let work = bench.work(direction, direct, 1);
-    let path = bench.lab.served_path(format, direct)?;
-    let (mut ours, mut peer) = bench.lab.one_by_one(format, work)?;
+fn latency(bench: &Bench, name: &str, set: Set, work: Work) -> Result<Entry> {
+    let direct = work.direct;
+    let path = bench.lab.served_path(set, direct)?;
+    let (mut ours, mut peer) = bench.lab.one_by_one(set, work)?;
     ours.slice(bench.slice / 2, 0)?;
     peer.slice(bench.slice / 2, 0)?;
     let slice = |client: &mut Client, seed| -> Result<Slice> {

@@ -134,7 +134,9 @@ impl Driver {
     /// the driver. From the first call on, completions are signalled to it.
     pub(crate) fn notifier(&self) -> BorrowedFd<'_> {
         if !self.notifying.replace(true) {
-            // What was held back for `wait` might never see one.
+            // What was held back for `wait` might never see one. The engine may hold back more than
+            // this driver knows of.
+            self.unsubmitted.set(true);
             self.submit();
             let engine = self.engine.borrow();
             let _ = engine.notifier();
@@ -359,7 +361,7 @@ impl Driver {
         loop {
             let mut finished = self.finished.take();
             self.engine.borrow_mut().reap(&mut finished);
-            let mut progress = !finished.is_empty();
+            let ended = !finished.is_empty();
             for (token, raw) in finished.drain(..) {
                 let key = Key::from_u64(token.0);
                 if !self.account(key, raw) && !self.try_start(key) {
@@ -367,9 +369,10 @@ impl Driver {
                 }
             }
             self.finished.replace(finished);
-            progress |= self.start_backlog();
-            progress |= self.run_woken();
-            if !progress {
+            let started = self.start_backlog() | self.run_woken();
+            // Whoever sleeps on the notifier has to be told about everything that has ended; `wait`
+            // finds the rest when it submits.
+            if !started && !(ended && self.notifying.get()) {
                 break;
             }
             self.submit();

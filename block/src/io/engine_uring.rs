@@ -4,7 +4,8 @@
 //! The ring is set up with `SINGLE_ISSUER` and `DEFER_TASKRUN` where the kernel has them: completions
 //! are posted by the driving thread itself, when it enters the kernel, instead of interrupting it.
 //! The kernel tells through `TASKRUN_FLAG` that there is something to post, so
-//! [`reap`](Engine::reap) enters only then. Older kernels get `COOP_TASKRUN` or a plain ring.
+//! [`reap`](Engine::reap) enters only then, and only if nothing was posted yet: the next `wait` enters
+//! anyway. Older kernels get `COOP_TASKRUN` or a plain ring.
 //!
 //! # The notifier
 //! Two kinds of sleep must end: [`wait`](Engine::wait), which sleeps in the ring, and an epoll loop
@@ -31,13 +32,17 @@
 //! a worker at five to ten times the cost of copying the bytes. Their operations are done in
 //! [`start`](Engine::start), where nothing but swapping can make them wait. Writes through the page
 //! cache of a file system that cannot try them go to a thread beside the ring, a batch at a time
-//! ([`uring_writer`](super::uring_writer)).
+//! ([`uring_writer`](super::uring_writer)). A page-cached read that is alone in its batch is tried
+//! without the ring first ([`uring_lone`](super::uring_lone)), unless somebody sleeps on the notifier:
+//! telling them would cost what it saves.
 //!
 //! # What the kernel owns
 //! An operation occupies a slot from `start` until its completion was reaped; slots bound the
 //! operations in flight below the size of the completion queue. Dropping the engine waits for every
 //! operation on a file: it may use memory, or change what somebody else writes next. Watches and
 //! timers are abandoned to the kernel.
+
+mod beside;
 
 use std::{
     cell::Cell,
@@ -54,9 +59,10 @@ use super::{
     Engine, EngineFile, EngineKind, HostFile, HostOp, Started, Token,
     sys::{self, FileTable, Notifier},
     uring_entry::{Kind, MAX_TIMEOUT, Target, entry},
+    uring_lone::LoneReads,
     uring_memory::RegisteredMemory,
     uring_setup,
-    uring_writer::{Write, Writer},
+    uring_writer::Writer,
 };
 use crate::{Error, Result};
 
@@ -108,7 +114,11 @@ pub struct UringEngine {
     notifier: Arc<Notifier>,
     /// For writes that the ring cannot try; started with the first file that has such.
     writer: Option<Writer>,
-    written: Vec<(u32, i32)>,
+    lone: LoneReads,
+    /// Operations in the submission queue, but for watches, which can wait.
+    batch: usize,
+    /// What was done beside the ring, on its way to the caller.
+    beside: Vec<(u32, i32)>,
     /// Somebody may sleep on the notifier.
     announced: Cell<bool>,
     /// The engine's own poll of the notifier is in the ring.
@@ -168,7 +178,9 @@ impl UringEngine {
             memory: RegisteredMemory::default(),
             notifier,
             writer: None,
-            written: Vec::new(),
+            lone: LoneReads::new(depth as usize),
+            batch: 0,
+            beside: Vec::with_capacity(depth as usize),
             wake_armed: false,
             options,
             _on_one_thread: PhantomData,
@@ -185,11 +197,6 @@ impl UringEngine {
         queue.taskrun() || queue.cq_overflow()
     }
 
-    fn completions_at_hand(&mut self) -> bool {
-        let written = self.writer.as_ref().is_some_and(Writer::has_results);
-        written || !self.ring.completion().is_empty()
-    }
-
     /// Puts an entry into the submission queue; `false` when it is full even after submitting.
     ///
     /// # Safety
@@ -203,69 +210,9 @@ impl UringEngine {
         self.submit().is_ok() && unsafe { self.ring.submission().push(entry) }.is_ok()
     }
 
-    fn submit_to_writer(&mut self) {
-        if let Some(writer) = &mut self.writer {
-            writer.submit();
-        }
-    }
-
-    /// Starts a write on the thread beside the ring.
-    ///
-    /// # Safety
-    /// As for [`Engine::start`].
-    unsafe fn start_on_writer(
-        &mut self,
-        token: Token,
-        op: &HostOp<'_>,
-        fd: RawFd,
-        unit: usize,
-    ) -> Started {
-        let (
-            Some(writer),
-            HostOp::Write {
-                offset, segments, ..
-            },
-        ) = (&mut self.writer, *op)
-        else {
-            return Started::Done(-libc::EINVAL);
-        };
-        let Some(index) = self.free.pop() else {
-            return Started::Full;
-        };
-        let write = Write {
-            slot: index,
-            fd,
-            unit,
-            offset,
-            segments,
-        };
-        // SAFETY: the caller keeps segments and memory.
-        unsafe { writer.start(write) };
-        let slot = &mut self.slots[index as usize];
-        slot.token = token;
-        slot.kind = Kind::File;
-        self.unfinished += 1;
-        Started::Pending
-    }
-
-    /// Takes what the thread beside the ring has done; returns how many operations ended.
-    fn drain_writer(&mut self, out: &mut Vec<(Token, i32)>) -> usize {
-        let Some(writer) = &self.writer else {
-            return 0;
-        };
-        writer.take(&mut self.written);
-        let ended = self.written.len();
-        for (index, result) in self.written.drain(..) {
-            out.push((self.slots[index as usize].token, result));
-            self.free.push(index);
-        }
-        self.unfinished -= ended;
-        ended
-    }
-
     /// Takes what is in the completion queue; returns how many operations ended.
     fn drain(&mut self, out: &mut Vec<(Token, i32)>) -> usize {
-        let mut ended = self.drain_writer(out);
+        let mut ended = self.drain_beside(out);
         let mut woken = false;
         for completion in self.ring.completion() {
             if completion.user_data() == WAKE {
@@ -373,7 +320,6 @@ impl Engine for UringEngine {
                     return Err(Error::from(error).operation("start thread"));
                 }
             }
-            self.written.reserve(self.slots.len());
         }
         if index.0 < self.table {
             let update = self.ring.submitter().register_files_update(index.0, &[fd]);
@@ -443,10 +389,21 @@ impl Engine for UringEngine {
             }
         };
         let entry = entry.user_data(u64::from(index));
+        if kind != Kind::Watch
+            && let Some(read) = self.lone.take_held()
+        {
+            self.push_lone(&read);
+        }
         // SAFETY: the caller keeps segments and memory, the slot keeps a timer's duration.
-        if !unsafe { self.push(&entry) } {
-            self.free.push(index);
-            return Started::Full;
+        if !unsafe { self.hold(&op, index, &entry) } {
+            // SAFETY: as above.
+            if !unsafe { self.push(&entry) } {
+                self.free.push(index);
+                return Started::Full;
+            }
+            if kind != Kind::Watch {
+                self.batch += 1;
+            }
         }
         let slot = &mut self.slots[index as usize];
         slot.token = token;
@@ -458,7 +415,8 @@ impl Engine for UringEngine {
     }
 
     fn submit(&mut self) -> io::Result<()> {
-        self.submit_to_writer();
+        self.submit_beside();
+        self.batch = 0;
         let mut attempts = 0;
         loop {
             let queued = self.ring.submission().len();
@@ -486,7 +444,16 @@ impl Engine for UringEngine {
     }
 
     fn reap(&mut self, out: &mut Vec<(Token, i32)>) {
-        let mut ended = 0;
+        // What was started since the last submission is known by now.
+        if let Some(read) = self.lone.try_held() {
+            self.push_lone(&read);
+        }
+        let mut ended = self.drain(out);
+        let announced = self.announced.get();
+        if ended > 0 && !announced {
+            // What the kernel owes beyond that comes with the next enter, which submits as well.
+            return;
+        }
         let mut cleared = false;
         loop {
             // One enter posts a limited number of completions and says if there are more. The flag
@@ -501,7 +468,7 @@ impl Engine for UringEngine {
                 ended += posted;
             }
             ended += self.drain(out);
-            if ended > 0 || cleared || !self.announced.get() {
+            if ended > 0 || cleared || !announced {
                 return;
             }
             self.notifier.clear();
@@ -510,9 +477,11 @@ impl Engine for UringEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.submit_to_writer();
+        self.submit_beside();
+        let batch = std::mem::take(&mut self.batch);
         if self.completions_at_hand() {
-            return self.submit();
+            // New watches can wait for the next one.
+            return if batch > 0 { self.submit() } else { Ok(()) };
         }
         if !self.options.spin.is_zero() {
             self.submit()?;
@@ -556,7 +525,7 @@ impl Drop for UringEngine {
         // why the ring must not write it while it polls it.
         self.announced.set(false);
         self.ring.completion().disable_eventfd();
-        self.submit_to_writer();
+        self.submit_beside();
         while self.unfinished > 0 {
             // The kernel may still write to memory of others: there is no way on but waiting.
             if !self.completions_at_hand()

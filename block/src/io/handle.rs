@@ -145,14 +145,45 @@ impl Io {
         len: usize,
         eof: Eof,
     ) -> Result<AlignedBuf> {
+        let (buffer, lead) = self
+            .read_around(file, offset, len, eof, AlignedBuf::zeroed)
+            .await?;
+        if buffer.len() == len {
+            return Ok(buffer);
+        }
+        Ok(AlignedBuf::from_slice(&buffer[lead..lead + len]))
+    }
+
+    /// [`read_padded`](Self::read_padded) into a buffer that `buffer` makes, of at least as many bytes
+    /// as it is asked for: whole host blocks. Returns it, and where in it the bytes start.
+    pub(crate) async fn read_padded_into(
+        &self,
+        file: FileId,
+        offset: u64,
+        len: usize,
+        buffer: impl FnOnce(usize) -> AlignedBuf,
+    ) -> Result<(AlignedBuf, usize)> {
+        self.read_around(file, offset, len, Eof::Zeroes, buffer)
+            .await
+    }
+
+    async fn read_around(
+        &self,
+        file: FileId,
+        offset: u64,
+        len: usize,
+        eof: Eof,
+        buffer: impl FnOnce(usize) -> AlignedBuf,
+    ) -> Result<(AlignedBuf, usize)> {
         let (entry, engine_file) = self.open_file(file)?;
+        let fail = |kind: ErrorKind| {
+            Error::new(kind)
+                .operation("read")
+                .offset(offset)
+                .path(entry.path())
+        };
         self.inject(file, Operation::Read, offset, len as u64)
-            .map_err(|kind| {
-                Error::new(kind)
-                    .operation("read")
-                    .offset(offset)
-                    .path(entry.path())
-            })?;
+            .map_err(fail)?;
         let unit = entry.file.alignment().offset;
         let lead = offset % u64::from(unit);
         let span = usize::try_from(lead)
@@ -161,8 +192,8 @@ impl Io {
             .and_then(|span| span.checked_next_multiple_of(unit as usize))
             .ok_or_else(|| Error::new(ErrorKind::OutOfRange).path(entry.path()))?;
         let exact = span == len;
-        let mut buffer = AlignedBuf::zeroed(span);
-        let segments = whole(&mut buffer);
+        let mut buffer = buffer(span);
+        let segments = whole(&mut buffer[..span]);
         let (result, buffer) = self
             .driver
             .operation(NewOp {
@@ -176,22 +207,12 @@ impl Io {
                 buffer: Some(buffer),
             })
             .await;
-        let fail = |kind: ErrorKind| {
-            Error::new(kind)
-                .operation("read")
-                .offset(offset)
-                .path(entry.path())
-        };
         result.map_err(fail)?;
         let buffer = buffer.ok_or_else(|| fail(ErrorKind::Cancelled))?;
-        if exact {
-            return Ok(buffer);
-        }
-        if eof == Eof::Error && entry.file.len()? < offset.saturating_add(len as u64) {
+        if !exact && eof == Eof::Error && entry.file.len()? < offset.saturating_add(len as u64) {
             return Err(fail(ErrorKind::ShortTransfer));
         }
-        let lead = lead as usize;
-        Ok(AlignedBuf::from_slice(&buffer[lead..lead + len]))
+        Ok((buffer, lead as usize))
     }
 
     /// Reads into segments that the caller keeps valid until this future ends.
@@ -552,7 +573,7 @@ impl Drop for Io {
 }
 
 /// All of a buffer as a scatter list.
-fn whole(buffer: &mut AlignedBuf) -> Segments {
+fn whole(buffer: &mut [u8]) -> Segments {
     let mut segments = Segments::new();
     if !buffer.is_empty() {
         segments.push(Segment::new(buffer.as_mut_ptr(), buffer.len()));

@@ -29,6 +29,7 @@ mod slab;
 mod spare;
 mod sys;
 mod uring_entry;
+mod uring_lone;
 mod uring_memory;
 mod uring_setup;
 mod uring_writer;

@@ -4,12 +4,10 @@
 //! forbids it, and nothing is spawned on the request path.
 
 use std::{
+    collections::VecDeque,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc, Mutex, OnceLock,
-        mpsc::{self, Receiver, Sender},
-    },
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
 };
 
@@ -23,8 +21,32 @@ const DEFAULT_MAX_THREADS: usize = 8;
 /// A fixed number of threads that run blocking work.
 #[derive(Clone)]
 pub struct Pool {
-    sender: Sender<Job>,
+    handle: Arc<Handle>,
     threads: usize,
+}
+
+/// What the threads take from. A job wakes one of them at most: with a channel behind a lock the one
+/// that takes a job wakes the next, only for it to wait.
+#[derive(Default)]
+struct Queue {
+    jobs: Mutex<Jobs>,
+    added: Condvar,
+}
+
+#[derive(Default)]
+struct Jobs {
+    waiting: VecDeque<Job>,
+    ended: bool,
+}
+
+/// The last one to go ends the threads.
+struct Handle(Arc<Queue>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        lock(&self.0.jobs).ended = true;
+        self.0.added.notify_all();
+    }
 }
 
 impl std::fmt::Debug for Pool {
@@ -40,15 +62,16 @@ impl Pool {
     /// When the host refuses to start a thread.
     pub fn new(threads: usize) -> io::Result<Self> {
         let threads = threads.max(1);
-        let (sender, receiver) = mpsc::channel::<Job>();
-        let receiver = Arc::new(Mutex::new(receiver));
+        let queue = Arc::new(Queue::default());
+        // Made first, so that a failure ends the threads that were started.
+        let handle = Arc::new(Handle(Arc::clone(&queue)));
         for index in 0..threads {
-            let receiver = Arc::clone(&receiver);
+            let queue = Arc::clone(&queue);
             thread::Builder::new()
                 .name(format!("platter-pool{index}"))
-                .spawn(move || work(&receiver))?;
+                .spawn(move || work(&queue))?;
         }
-        Ok(Self { sender, threads })
+        Ok(Self { handle, threads })
     }
 
     /// The pool of the process, started at the first call with one thread a processor, at most 8.
@@ -75,18 +98,77 @@ impl Pool {
 
     /// Queues work. A panic in it ends the work, not the thread.
     pub(crate) fn execute(&self, job: Job) {
-        // The receiver lives as long as a worker does, and workers end only after the last sender.
-        let sent = self.sender.send(job);
-        debug_assert!(sent.is_ok(), "the pool outlives its handles");
+        let queue = &self.handle.0;
+        lock(&queue.jobs).waiting.push_back(job);
+        queue.added.notify_one();
     }
 }
 
-fn work(receiver: &Mutex<Receiver<Job>>) {
-    loop {
-        let job = lock(receiver).recv();
-        let Ok(job) = job else { return };
+impl Queue {
+    /// The next job; `None` when there will be no more.
+    fn take(&self) -> Option<Job> {
+        let mut jobs = lock(&self.jobs);
+        loop {
+            if let Some(job) = jobs.waiting.pop_front() {
+                return Some(job);
+            }
+            if jobs.ended {
+                return None;
+            }
+            let woken = self.added.wait(jobs);
+            jobs = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+fn work(queue: &Queue) {
+    while let Some(job) = queue.take() {
         if catch_unwind(AssertUnwindSafe(job)).is_err() {
             tracing::error!("blocking work panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn every_job_runs_and_a_panic_ends_only_its_own() {
+        let pool = Pool::new(2).unwrap();
+        let (sender, ended) = mpsc::channel();
+        for number in 0..100 {
+            let sender = sender.clone();
+            pool.execute(Box::new(move || {
+                assert!(number % 10 != 3, "a panic on purpose");
+                sender.send(number).unwrap();
+            }));
+        }
+        drop(sender);
+        let mut all: Vec<i32> = ended.iter().collect();
+        all.sort_unstable();
+        let wanted: Vec<i32> = (0..100).filter(|number| number % 10 != 3).collect();
+        assert_eq!(all, wanted);
+    }
+
+    #[test]
+    fn what_was_queued_still_runs_and_then_the_threads_end() {
+        let pool = Pool::new(1).unwrap();
+        let (sender, ended) = mpsc::channel();
+        let (go, gate) = mpsc::channel::<()>();
+        pool.execute(Box::new(move || gate.recv().unwrap()));
+        for number in 0..3 {
+            let sender = sender.clone();
+            pool.execute(Box::new(move || sender.send(number).unwrap()));
+        }
+        let queue = Arc::downgrade(&pool.handle.0);
+        drop((pool, sender));
+        go.send(()).unwrap();
+        assert_eq!(ended.iter().collect::<Vec<i32>>(), [0, 1, 2]);
+        while queue.strong_count() > 0 {
+            thread::yield_now();
         }
     }
 }

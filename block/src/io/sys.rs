@@ -94,6 +94,8 @@ pub(crate) struct Registered {
     pub(crate) unit: usize,
     /// The file is on a memory file system.
     pub(crate) in_memory: bool,
+    /// Reads go through the page cache of a disk file system.
+    pub(crate) cached: bool,
     /// Writes to the file cannot be tried without waiting.
     pub(crate) waits_to_write: bool,
     /// Keeps it open.
@@ -110,12 +112,13 @@ impl FileTable {
         let fd = file.raw_fd().unwrap_or(-1);
         let system = file_system(fd);
         let in_memory = matches!(system, Some(TMPFS_MAGIC | RAMFS_MAGIC));
-        let cached = file.is_writable() && !file.is_direct() && !file.is_block_device();
+        let cached = !in_memory && !file.is_direct() && !file.is_block_device();
         let registered = Some(Registered {
             fd,
             in_memory,
+            cached,
             waits_to_write: cached
-                && !in_memory
+                && file.is_writable()
                 && !matches!(system, Some(XFS_MAGIC | BTRFS_MAGIC)),
             unit: file.alignment().offset.max(1) as usize,
             file: Arc::clone(file),
@@ -201,11 +204,17 @@ fn result(returned: isize) -> i32 {
     }
 }
 
-/// Reads into segments.
+/// Reads into segments, with `RWF_*` flags.
 ///
 /// # Safety
 /// The segments are writable memory until this returns.
-pub(crate) unsafe fn preadv(fd: RawFd, segments: &[Segment], unit: usize, offset: u64) -> i32 {
+pub(crate) unsafe fn preadv(
+    fd: RawFd,
+    segments: &[Segment],
+    unit: usize,
+    offset: u64,
+    flags: libc::c_int,
+) -> i32 {
     let Ok(offset) = i64::try_from(offset) else {
         return -libc::EINVAL;
     };
@@ -217,7 +226,7 @@ pub(crate) unsafe fn preadv(fd: RawFd, segments: &[Segment], unit: usize, offset
             segments.as_ptr().cast(),
             segments.len() as libc::c_int,
             offset,
-            0,
+            flags,
         )
     };
     result(returned)
@@ -303,7 +312,7 @@ pub(crate) unsafe fn perform(files: &FileTable, op: &HostOp<'_>) -> i32 {
             segments,
         } => target(file).map(|(fd, unit)| {
             // SAFETY: the caller vouches for the memory until this returns.
-            unsafe { preadv(fd, segments, unit, offset) }
+            unsafe { preadv(fd, segments, unit, offset, 0) }
         }),
         HostOp::Write {
             file,

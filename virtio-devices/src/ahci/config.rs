@@ -1,5 +1,9 @@
 //! How an HBA and its drives are made.
 
+use std::time::Duration;
+
+use crate::worker::DEFAULT_POLL_MAX;
+
 /// Where an HBA does what other models do, and not what the specification says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quirks {
@@ -24,6 +28,9 @@ pub struct HbaConfig {
     pub version: u32,
     /// Deviations.
     pub quirks: Quirks,
+    /// How long a port's worker looks for commands before it sleeps, at most; zero: never. See
+    /// [`Worker::set_poll_max`](crate::worker::Worker::set_poll_max).
+    pub poll_max: Duration,
 }
 
 impl Default for HbaConfig {
@@ -34,6 +41,7 @@ impl Default for HbaConfig {
             coalescing: true,
             version: 0x0001_0301,
             quirks: Quirks::default(),
+            poll_max: DEFAULT_POLL_MAX,
         }
     }
 }

@@ -268,7 +268,9 @@ impl Hba {
         let index = self.check(port)?;
         let stats = Arc::clone(&self.shared.stats[index as usize]);
         let front = PortQueue::new(Arc::clone(&self.shared), index, memory, stats);
-        Ok(Worker::without_disk(front))
+        let mut worker = Worker::without_disk(front);
+        worker.set_poll_max(self.shared.config.poll_max);
+        Ok(worker)
     }
 
     /// The bus master bit of the function: while it is clear, no command is taken and none is posted,

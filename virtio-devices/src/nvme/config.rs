@@ -1,6 +1,8 @@
 //! How a controller is made.
 
-use crate::{Error, Result};
+use std::time::Duration;
+
+use crate::{Error, Result, worker::DEFAULT_POLL_MAX};
 
 /// How a controller is made.
 #[derive(Clone, Debug)]
@@ -20,6 +22,9 @@ pub struct NvmeConfig {
     pub vendor: u16,
     /// Whoever writes a doorbell also calls the workers: they need not be woken.
     pub inline: bool,
+    /// How long a worker looks for commands before it sleeps, at most; zero: never. See
+    /// [`Worker::set_poll_max`](crate::worker::Worker::set_poll_max).
+    pub poll_max: Duration,
 }
 
 impl Default for NvmeConfig {
@@ -33,6 +38,7 @@ impl Default for NvmeConfig {
             // With device identifiers 10f0h to 10ffh this vendor's numbers are free for experiments.
             vendor: 0x1af4,
             inline: false,
+            poll_max: DEFAULT_POLL_MAX,
         }
     }
 }

@@ -144,7 +144,9 @@ impl NvmeController {
             });
         }
         let front = NvmeQueues::new(Arc::clone(&self.core), index, memory);
-        Ok(Worker::without_disk(front))
+        let mut worker = Worker::without_disk(front);
+        worker.set_poll_max(self.core.config.poll_max);
+        Ok(worker)
     }
 
     /// The descriptor that wakes a worker; the `kick` of [`Worker::run`].

@@ -1,15 +1,15 @@
 //! The guest's side of a controller, for tests and benchmarks: entries and rings in guest memory.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory, VolatileSlice, bitmap::BS,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
-use super::{NvmeController, Status, registers::DOORBELLS};
+use super::{
+    NvmeController, Status,
+    command::{CQE, SQE},
+    registers::DOORBELLS,
+};
+use crate::memory::GuestArea;
 
 /// A submission queue entry, as quadwords.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,9 +88,10 @@ pub struct Completed {
     pub sq: u16,
 }
 
-/// A queue pair in guest memory.
-pub struct QueuePair<M> {
-    memory: Arc<M>,
+/// A queue pair in guest memory. Where there is none, nothing is written and nothing found.
+pub struct QueuePair {
+    entries: Option<GuestArea>,
+    completions: Option<GuestArea>,
     /// Number of both queues.
     pub id: u16,
     /// Guest address of the submission queue.
@@ -104,15 +105,19 @@ pub struct QueuePair<M> {
     phase: bool,
 }
 
-impl<M: GuestMemory> QueuePair<M> {
+impl QueuePair {
     /// A pair of `size` entries at two addresses.
     #[must_use]
-    pub fn new(memory: &Arc<M>, id: u16, sq: u64, cq: u64, size: u16) -> Self {
-        let zeroes = vec![0; usize::from(size) * 16];
+    pub fn new<M>(memory: &Arc<M>, id: u16, sq: u64, cq: u64, size: u16) -> Self
+    where
+        M: GuestMemory + Send + Sync + 'static,
+    {
+        let zeroes = vec![0; usize::from(size) * CQE as usize];
         // Outside memory nothing is written; the controller says what it thinks of that.
         let _ = memory.write_slice(&zeroes, GuestAddress(cq));
         Self {
-            memory: Arc::clone(memory),
+            entries: area(memory, sq, size, SQE),
+            completions: area(memory, cq, size, CQE),
             id,
             sq,
             cq,
@@ -125,9 +130,13 @@ impl<M: GuestMemory> QueuePair<M> {
 
     /// The same pair, as far as it has got, in other memory with the same content.
     #[must_use]
-    pub fn moved(&self, memory: &Arc<M>) -> Self {
+    pub fn moved<M>(&self, memory: &Arc<M>) -> Self
+    where
+        M: GuestMemory + Send + Sync + 'static,
+    {
         Self {
-            memory: Arc::clone(memory),
+            entries: area(memory, self.sq, self.size, SQE),
+            completions: area(memory, self.cq, self.size, CQE),
             ..*self
         }
     }
@@ -144,18 +153,14 @@ impl<M: GuestMemory> QueuePair<M> {
         self.head
     }
 
-    fn slice(&self, at: u64, len: usize) -> Option<VolatileSlice<'_, BS<'_, M::Bitmap>>> {
-        let slices = self
-            .memory
-            .get_slices(GuestAddress(at), len, Permissions::ReadWrite);
-        slices.ok()?.next()?.ok()
-    }
-
     /// Writes an entry; [`ring`](Self::ring) shows it.
     pub fn push(&mut self, entry: &Entry) {
-        let at = self.sq + 64 * u64::from(self.tail);
-        if let Some(slice) = self.slice(at, 64) {
-            slice.copy_from(&entry.0);
+        if let Some(entries) = &self.entries {
+            let at = SQE as usize * usize::from(self.tail);
+            match entries.slice().subslice(at, SQE as usize) {
+                Ok(place) => place.copy_from(&entry.0),
+                Err(error) => debug_assert!(false, "{error}"),
+            }
         }
         self.tail = (self.tail + 1) % self.size;
     }
@@ -193,18 +198,18 @@ impl<M: GuestMemory> QueuePair<M> {
 
     /// The entry at the head, if it is new.
     fn look(&self) -> Option<Completed> {
-        let at = self.cq + 16 * u64::from(self.head);
-        let slice = self.slice(at, 16)?;
-        let last = slice.get_atomic_ref::<AtomicU32>(12).ok()?;
-        let last = u32::from_le(last.load(Ordering::Acquire));
+        let completions = self.completions.as_ref()?.slice();
+        let at = CQE as usize * usize::from(self.head);
+        let last: u32 = completions.load(at + 12, Ordering::Acquire).ok()?;
+        let last = u32::from_le(last);
         if (last >> 16 & 1 == 1) != self.phase {
             return None;
         }
-        let dword = |at| {
-            let place = slice.get_atomic_ref::<AtomicU32>(at).ok()?;
-            Some(u32::from_le(place.load(Ordering::Relaxed)))
+        let dword = |dword: usize| {
+            let value: Option<u32> = completions.load(at + 4 * dword, Ordering::Relaxed).ok();
+            value.map(u32::from_le)
         };
-        let (dw0, dw2) = (dword(0)?, dword(8)?);
+        let (dw0, dw2) = (dword(0)?, dword(2)?);
         Some(Completed {
             cid: last as u16,
             // Without the bit that says that the error log has more.
@@ -220,4 +225,13 @@ impl<M: GuestMemory> QueuePair<M> {
         let offset = DOORBELLS + 8 * u64::from(self.id) + 4;
         controller.write(offset, &u32::from(self.head).to_le_bytes());
     }
+}
+
+/// The memory of `size` entries of so many bytes.
+fn area<M>(memory: &Arc<M>, base: u64, size: u16, entry: u64) -> Option<GuestArea>
+where
+    M: GuestMemory + Send + Sync + 'static,
+{
+    let bytes = usize::from(size) * entry as usize;
+    GuestArea::new(memory, GuestAddress(base), bytes)
 }

@@ -4,12 +4,9 @@
 //! as a guest would. Descriptors of a slot are linked once, so a request costs a header, a data
 //! descriptor, an entry of the available ring, and nothing is allocated.
 
-use std::{
-    any::Any,
-    sync::{
-        Arc,
-        atomic::{Ordering, fence},
-    },
+use std::sync::{
+    Arc,
+    atomic::{Ordering, fence},
 };
 
 use virtio_bindings::bindings::{
@@ -20,11 +17,9 @@ use virtio_bindings::bindings::{
     },
 };
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
-use vm_memory::{
-    ByteValued, Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestMemory};
 
-use crate::{Error, Result};
+use crate::{Error, Result, memory::GuestArea};
 
 /// How a [`Driver`] sets up its queue.
 #[derive(Clone, Copy, Debug)]
@@ -139,57 +134,12 @@ pub struct Used {
     pub len: u32,
 }
 
-/// Guest memory of the driver, contiguous in the host.
-struct Area {
-    base: *mut u8,
-    len: usize,
-    _memory: Arc<dyn Any + Send + Sync>,
-}
-
-// SAFETY: the area is an address in a mapping that `_memory` keeps alive on any thread; its bytes
-// are only accessed as volatile memory.
-unsafe impl Send for Area {}
-
-impl Area {
-    fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: `base` and `len` are one slice of guest memory, which `_memory` keeps mapped, and
-        // nobody holds a reference to its bytes.
-        unsafe { VolatileSlice::new(self.base, self.len) }
-    }
-
-    fn put<T: ByteValued>(&self, offset: usize, value: T) {
-        match self.slice().get_ref(offset) {
-            Ok(slot) => slot.store(value),
-            Err(error) => debug_assert!(false, "{error}"),
-        }
-    }
-
-    fn get<T: ByteValued + Default>(&self, offset: usize) -> T {
-        match self.slice().get_ref(offset) {
-            Ok(slot) => slot.load(),
-            Err(error) => {
-                debug_assert!(false, "{error}");
-                T::default()
-            }
-        }
-    }
-
-    fn load(&self, offset: usize, order: Ordering) -> u16 {
-        u16::from_le(self.slice().load(offset, order).unwrap_or_default())
-    }
-
-    fn store(&self, offset: usize, value: u16, order: Ordering) {
-        let stored = self.slice().store(value.to_le(), offset, order);
-        debug_assert!(stored.is_ok());
-    }
-}
-
 /// A driver of one queue.
 pub struct Driver {
     config: DriverConfig,
     layout: Layout,
     base: u64,
-    area: Area,
+    area: GuestArea,
     free: Vec<u16>,
     /// The available index: entries added, and the part of them the device was told.
     avail: u16,
@@ -215,19 +165,12 @@ impl Driver {
             ));
         }
         let layout = config.layout();
-        let slice =
-            crate::memory::contiguous(&**memory, base, layout.bytes, Permissions::ReadWrite)
-                .ok_or_else(|| {
-                    Error::Config(format!(
-                        "the driver's {} bytes at {:#x} are not in one piece of guest memory",
-                        layout.bytes, base.0
-                    ))
-                })?;
-        let area = Area {
-            base: slice.ptr_guard_mut().as_ptr(),
-            len: layout.bytes,
-            _memory: Arc::<M>::clone(memory),
-        };
+        let area = GuestArea::new(memory, base, layout.bytes).ok_or_else(|| {
+            Error::Config(format!(
+                "the driver's {} bytes at {:#x} are not in one piece of guest memory",
+                layout.bytes, base.0
+            ))
+        })?;
         for offset in 0..layout.bytes {
             area.put(offset, 0u8);
         }

@@ -14,9 +14,12 @@ mod request;
 mod slot;
 mod state;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use block::AsyncDiskFile;
@@ -26,7 +29,11 @@ pub use config::{CONFIG_SPACE, SECTOR, WRITEBACK_OFFSET, feature};
 pub use queue::{BlkQueue, BlkWorker};
 pub use state::{STATE_VERSION, VirtioBlkState};
 
-use crate::{Error, Interrupt, MemorySource, Result, stats::QueueStats, worker::Worker};
+use crate::{
+    Error, Interrupt, MemorySource, Result,
+    stats::QueueStats,
+    worker::{DEFAULT_POLL_MAX, Worker},
+};
 
 /// How a device is made.
 #[derive(Clone, Debug)]
@@ -57,6 +64,9 @@ pub struct VirtioBlkConfig {
     /// buffers of each request under direct I/O. The memory cannot be swapped out, shared or given
     /// back by a balloon then; where the host refuses, requests are as without.
     pub pin_memory: bool,
+    /// How long a queue's worker looks for requests before it sleeps, at most; zero: never. See
+    /// [`Worker::set_poll_max`].
+    pub poll_max: Duration,
 }
 
 impl Default for VirtioBlkConfig {
@@ -74,6 +84,7 @@ impl Default for VirtioBlkConfig {
             max_discard_sectors: 1 << 22,
             max_discard_segments: 64,
             pin_memory: false,
+            poll_max: DEFAULT_POLL_MAX,
         }
     }
 }
@@ -391,6 +402,8 @@ impl VirtioBlk {
             depth => depth,
         };
         let io = self.disk.create_async_io(depth)?;
-        Ok(Worker::new(front, io))
+        let mut worker = Worker::new(front, io);
+        worker.set_poll_max(self.shared.config.poll_max);
+        Ok(worker)
     }
 }

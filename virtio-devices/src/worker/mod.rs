@@ -8,7 +8,9 @@
 //! 3. drain what the guest posted, as far as the `AsyncIo` has room, into one batch;
 //! 4. submit the batch with one call;
 //! 5. when nothing moved any more: ask for a doorbell, and look once again, because the guest may
-//!    have posted something in between. This happens whether or not requests are in flight.
+//!    have posted something in between. This happens whether or not requests are in flight. A worker
+//!    that sleeps by itself ([`Worker::run`]) and has nothing in flight goes on looking for some
+//!    microseconds before it asks, if its guest has been coming back that soon.
 //!
 //! A front end that stopped because the `AsyncIo` was full is drained again after the next
 //! completion, without a doorbell.
@@ -18,14 +20,21 @@
 //! and calls [`Worker::process`] when either becomes readable.
 
 mod batch;
+mod polling;
 mod wait;
 
-use std::{mem, os::fd::BorrowedFd, time::Instant};
+use std::{
+    mem,
+    os::fd::BorrowedFd,
+    time::{Duration, Instant},
+};
 
 use block::io::{AsyncIo, Completion, MemoryRegions};
 
 pub use batch::Batch;
 use batch::{Plane, WATCH};
+pub use polling::DEFAULT_POLL_MAX;
+use polling::Polling;
 use wait::Watch;
 
 use crate::Result;
@@ -102,6 +111,7 @@ pub struct Worker<F> {
     next_watch: u64,
     stop_seen: bool,
     watch_error: Option<block::Error>,
+    polling: Polling,
 }
 
 impl<F: FrontEnd> Worker<F> {
@@ -127,7 +137,15 @@ impl<F: FrontEnd> Worker<F> {
             next_watch: WATCH,
             stop_seen: false,
             watch_error: None,
+            polling: Polling::default(),
         }
+    }
+
+    /// Sets how long [`run`](Self::run) looks for requests before it sleeps, at most
+    /// ([`DEFAULT_POLL_MAX`] otherwise); zero: never. How long it is adapts to how soon the guest comes
+    /// back. On a host of one processor it never looks.
+    pub fn set_poll_max(&mut self, limit: Duration) {
+        self.polling.set_limit(limit);
     }
 
     /// The device model.
@@ -176,7 +194,8 @@ impl<F: FrontEnd> Worker<F> {
 
     /// Does everything that can be done without waiting.
     pub fn process(&mut self) -> Progress {
-        for _ in 0..ROUNDS {
+        let mut rounds = 0;
+        while rounds < ROUNDS {
             self.reap();
             self.front.resume(&mut self.batch);
             self.front.post();
@@ -188,13 +207,31 @@ impl<F: FrontEnd> Worker<F> {
             let submitted = self.batch.submit();
             if drained.taken + submitted > 0 {
                 // Some of it may have ended already, without the disk or by an engine that is fast.
+                self.polling.restart();
+                rounds += 1;
                 continue;
             }
+            if self.looks_again() {
+                continue;
+            }
+            self.polling.restart();
             if drained.full || !self.front.rearm() {
                 return Progress::Idle;
             }
+            rounds += 1;
         }
         Progress::More
+    }
+
+    /// Nothing moved: whether to look once more before asking for a doorbell. Disks tell when they have
+    /// something; only the guest is waited for.
+    fn looks_again(&mut self) -> bool {
+        self.in_flight() == 0
+            && self.batch.is_empty()
+            && !self.stop_seen
+            && self.watch_error.is_none()
+            && self.front.outstanding() == 0
+            && self.polling.goes_on()
     }
 
     /// Takes nothing new from the guest and returns when everything taken has been posted.

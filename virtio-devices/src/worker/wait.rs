@@ -33,10 +33,19 @@ impl<F: FrontEnd> Worker<F> {
     /// # Errors
     /// The host's error when a descriptor cannot be watched or waiting fails.
     pub fn run(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
-        if !self.single {
-            return self.run_beside(kick, stop);
-        }
         self.stop_seen = false;
+        self.polling.enabled = true;
+        let result = if self.single {
+            self.run_inside(kick, stop)
+        } else {
+            self.run_beside(kick, stop)
+        };
+        self.polling.enabled = false;
+        result
+    }
+
+    /// [`run`](Self::run) for one disk: waits in its data plane.
+    fn run_inside(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
         for watch in &mut self.watches {
             watch.stale = true;
         }
@@ -54,7 +63,11 @@ impl<F: FrontEnd> Worker<F> {
                 Progress::More => Some(Duration::ZERO),
                 Progress::Idle => self.idle_timeout(),
             };
+            let (start, alone) = (Instant::now(), self.in_flight() == 0);
             self.wait(timeout)?;
+            if alone && progress == Progress::Idle {
+                self.polling.slept(start.elapsed());
+            }
         }
     }
 
@@ -69,11 +82,16 @@ impl<F: FrontEnd> Worker<F> {
                     })?,
             );
         loop {
-            let timeout = match self.process() {
+            let progress = self.process();
+            let timeout = match progress {
                 Progress::More => Some(Duration::ZERO),
                 Progress::Idle => self.idle_timeout(),
             };
+            let (start, alone) = (Instant::now(), self.in_flight() == 0);
             let [rung, stopped] = self.wait_beside([kick, stop], timeout)?;
+            if alone && progress == Progress::Idle {
+                self.polling.slept(start.elapsed());
+            }
             if stopped {
                 return Ok(());
             }

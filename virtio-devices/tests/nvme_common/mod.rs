@@ -104,8 +104,8 @@ pub struct Guest {
     pub lines: Arc<Lines>,
     pub memory: Arc<Memory>,
     pub workers: Vec<NvmeWorker<Arc<Memory>>>,
-    pub admin: QueuePair<Memory>,
-    pub queues: Vec<QueuePair<Memory>>,
+    pub admin: QueuePair,
+    pub queues: Vec<QueuePair>,
     pub next_cid: u16,
     /// Completions of the admin queue that nobody has asked for yet.
     pub strays: VecDeque<Completed>,

@@ -133,35 +133,46 @@ impl Decompressed {
                 match cache.slots.get_mut(&key) {
                     Some(Slot::Ready { data, used }) => {
                         *used = now;
-                        Some(Some(Arc::clone(data)))
+                        Some(Ok(Arc::clone(data)))
                     }
                     Some(Slot::Loading) => None,
                     None => {
-                        cache.make_room(self.capacity);
+                        let old = cache.make_room(self.capacity);
                         cache.slots.insert(key, Slot::Loading);
-                        Some(None)
+                        Some(Err(old))
                     }
                 }
             })
             .await;
-        if let Some(data) = found {
-            return Ok(data);
-        }
+        let old = match found {
+            Ok(data) => return Ok(data),
+            Err(old) => old,
+        };
         let mut load = Load {
             owner: self,
             key,
             data: None,
         };
-        let input = io.read_padded(file, key.offset, key.len as usize).await?;
-        let codec = self.codec;
         let cluster_size = self.cluster_size;
-        let data = io
-            .run(move || {
-                let mut output = AlignedBuf::zeroed(cluster_size);
-                codec.decompress(&input, &mut output).map(|()| output)
+        let len = key.len as usize;
+        let (input, start) = io
+            .read_padded_into(file, key.offset, len, |span| {
+                io.spare.take(span.next_multiple_of(cluster_size))
             })
-            .await?
-            .map_err(|error| error.offset(key.offset))?;
+            .await?;
+        let codec = self.codec;
+        let (input, result) = io
+            .run(move || {
+                // The buffer of the cluster that went, if nobody reads from it any more: new ones
+                // cost zeroing and page faults.
+                let old = old.and_then(Arc::into_inner);
+                let mut output = old.unwrap_or_else(|| AlignedBuf::zeroed(cluster_size));
+                let result = codec.decompress(&input[start..start + len], &mut output);
+                (input, result.map(|()| output))
+            })
+            .await?;
+        io.spare.keep(input);
+        let data = result.map_err(|error| error.offset(key.offset))?;
         let data = Arc::new(data);
         load.data = Some(Arc::clone(&data));
         Ok(data)
@@ -169,8 +180,9 @@ impl Decompressed {
 }
 
 impl Cache {
-    /// Drops the cluster that was not used for longest, when there are too many.
-    fn make_room(&mut self, capacity: usize) {
+    /// Drops the clusters that were not used for longest, when there are too many; returns the last.
+    fn make_room(&mut self, capacity: usize) -> Option<Arc<AlignedBuf>> {
+        let mut dropped = None;
         while self.slots.len() >= capacity {
             let oldest = self
                 .slots
@@ -180,11 +192,12 @@ impl Cache {
                     Slot::Loading => None,
                 })
                 .min_by_key(|(used, _)| *used);
-            match oldest {
-                Some((_, key)) => self.slots.remove(&key),
-                None => return,
-            };
+            let Some((_, key)) = oldest else { break };
+            if let Some(Slot::Ready { data, .. }) = self.slots.remove(&key) {
+                dropped = Some(data);
+            }
         }
+        dropped
     }
 }
 
