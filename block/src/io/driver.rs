@@ -372,7 +372,8 @@ impl Driver {
             let started = self.start_backlog() | self.run_woken();
             // Whoever sleeps on the notifier has to be told about everything that has ended; `wait`
             // finds the rest when it submits.
-            if !started && !(ended && self.notifying.get()) {
+            let more = started || (ended && self.notifying.get());
+            if !more {
                 break;
             }
             self.submit();
