@@ -69,10 +69,29 @@ impl<S: MemorySource> NvmeQueues<S> {
 }
 
 impl Core {
+    /// Log page 00h: the pages there are.
+    fn supported(&self) -> Vec<u8> {
+        let mut page = vec![0; 1024];
+        for log in [
+            SUPPORTED,
+            ERRORS,
+            SMART,
+            SLOTS,
+            CHANGED,
+            EFFECTS,
+            FEATURES,
+            RESERVATIONS,
+        ] {
+            page[usize::from(log) * 4] = 1;
+        }
+        page[usize::from(SANITIZE) * 4] = u8::from(self.can_sanitize());
+        page
+    }
+
     fn log_page(&self, log: u8, command: &Command, clear: bool) -> Result<Vec<u8>, Status> {
         let of_controller = matches!(command.nsid, 0 | u32::MAX);
         Ok(match log {
-            SUPPORTED => supported(),
+            SUPPORTED => self.supported(),
             ERRORS => self.with_events_quietly(|events| events.error_log()),
             // LPA has no SMART a namespace.
             SMART if of_controller => self.smart(),
@@ -203,25 +222,6 @@ impl Core {
         }
         page
     }
-}
-
-/// Log page 00h.
-fn supported() -> Vec<u8> {
-    let mut page = vec![0; 1024];
-    for log in [
-        SUPPORTED,
-        ERRORS,
-        SMART,
-        SLOTS,
-        CHANGED,
-        EFFECTS,
-        FEATURES,
-        RESERVATIONS,
-        SANITIZE,
-    ] {
-        page[usize::from(log) * 4] = 1;
-    }
-    page
 }
 
 /// Log page 12h: which features there are, and that a set changes nothing but the feature. Bits

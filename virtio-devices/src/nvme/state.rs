@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// The version of [`NvmeState`] that this crate writes.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// A submission queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,6 +225,11 @@ impl NvmeController {
                 state.features.uncoalesced.len(),
                 core.config.vectors
             )));
+        }
+        for nsid in state.features.namespaces.keys() {
+            if core.subsystem.namespace(*nsid).is_none() {
+                return Err(bad(format!("there is no namespace {nsid}")));
+            }
         }
         if state.changed.len() > super::events::MAX_CHANGED + 1 || state.pending.len() > 64 {
             return Err(bad("more events than there are"));
