@@ -277,6 +277,12 @@ impl<S: MemorySource> NvmeQueues<S> {
         self.parked.clear();
         self.abort_replies.clear();
         self.event_requests.clear();
+        // What has ended is forgotten below, and must not be posted after that.
+        for cq in self.cqs.iter_mut().flatten() {
+            cq.ended.clear();
+        }
+        self.ready.clear();
+        self.waiting_to_post = 0;
         for index in self.slots.busy() {
             let slot = &self.slots[index];
             let second_writes = match slot.step {
