@@ -134,6 +134,11 @@ fn the_log_pages_that_are_there_can_be_read_and_no_others() {
     for sidecar in [false, true] {
         let mut guest = with_two(&folder, [sidecar; 2]);
         let supported = guest.log(0, 1024);
+        // LPA: bit 5 is about the pages 00h, 12h and 13h.
+        assert_eq!(guest.identify(1, 0)[261] & 1 << 5, 1 << 5);
+        for log in [0x00, 0x12, 0x13] {
+            assert_eq!(supported[log * 4] & 1, 1, "{log:#x}");
+        }
         for log in 0..=255_u32 {
             let read = Entry::new(2).data(PAGE, 0).nsid(ALL);
             let status = guest.admin(read.cdw(10, log | 127 << 16)).status;

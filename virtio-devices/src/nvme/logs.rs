@@ -21,6 +21,7 @@ const SLOTS: u8 = 0x03;
 const CHANGED: u8 = 0x04;
 const EFFECTS: u8 = 0x05;
 const FEATURES: u8 = 0x12;
+const MANAGEMENT: u8 = 0x13;
 const RESERVATIONS: u8 = 0x80;
 const SANITIZE: u8 = 0x81;
 
@@ -80,6 +81,7 @@ impl Core {
             CHANGED,
             EFFECTS,
             FEATURES,
+            MANAGEMENT,
             RESERVATIONS,
         ] {
             page[usize::from(log) * 4] = 1;
@@ -105,6 +107,8 @@ impl Core {
             EFFECTS if command.cdw14() >> 24 == 0 => self.effects(),
             SMART | EFFECTS => return Err(Status::INVALID_FIELD),
             FEATURES => feature_effects(),
+            // No command of NVMe-MI is there; but LPA says that this page is.
+            MANAGEMENT => vec![0; 4096],
             RESERVATIONS => self.with_events_quietly(|events| events.notice_log(clear)),
             SANITIZE if self.can_sanitize() => self.subsystem.sanitize.log().to_vec(),
             _ => return Err(Status::INVALID_LOG_PAGE),
