@@ -502,7 +502,15 @@ impl Listener for Core {
         for port in &self.ports {
             port.kick();
         }
-        let tells = self.features().tells_namespaces();
+        let there = self.subsystem.namespaces();
+        let tells = {
+            let mut features = self.features();
+            // A namespace that comes in the place of one that is gone starts afresh.
+            features
+                .namespaces
+                .retain(|nsid, _| there.iter().any(|it| it.nsid() == *nsid));
+            features.tells_namespaces()
+        };
         self.with_events(|events| {
             for nsid in nsids {
                 events.add_changed(*nsid);
@@ -522,7 +530,7 @@ impl Listener for Core {
     fn reservation_notice(&self, nsid: u32, host: HostId, notice: Notice) {
         let (mask, ours) = {
             let features = self.features();
-            (features.reservation_mask, features.host_id)
+            (features.of(nsid).reservation_mask, features.host_id)
         };
         if ours.is_none_or(|(id, _)| id != host) {
             return;

@@ -67,6 +67,25 @@ impl<S: MemorySource> NvmeQueues<S> {
 }
 
 impl Core {
+    /// Log page 00h: the pages there are.
+    fn supported(&self) -> Vec<u8> {
+        let mut page = vec![0; 1024];
+        for log in [
+            SUPPORTED,
+            ERRORS,
+            SMART,
+            SLOTS,
+            CHANGED,
+            EFFECTS,
+            FEATURES,
+            RESERVATIONS,
+        ] {
+            page[usize::from(log) * 4] = 1;
+        }
+        page[usize::from(SANITIZE) * 4] = u8::from(self.can_sanitize());
+        page
+    }
+
     fn log_page(&self, log: u8, command: &Command, clear: bool) -> Result<Vec<u8>, Status> {
         let of_controller = matches!(command.nsid, 0 | u32::MAX);
         Ok(match log {
@@ -105,28 +124,6 @@ impl Core {
         let errors = self.with_events_quietly(|events| events.error_count);
         put(&mut page, 176, &u128::from(errors).to_le_bytes());
         put(&mut page, 200, &TEMPERATURE.to_le_bytes());
-        page
-    }
-
-    /// Log page 00h.
-    fn supported(&self) -> Vec<u8> {
-        let mut page = vec![0; 1024];
-        let sanitize = self.can_sanitize().then_some(SANITIZE);
-        for log in [
-            SUPPORTED,
-            ERRORS,
-            SMART,
-            SLOTS,
-            CHANGED,
-            EFFECTS,
-            FEATURES,
-            RESERVATIONS,
-        ]
-        .into_iter()
-        .chain(sanitize)
-        {
-            page[usize::from(log) * 4] = 1;
-        }
         page
     }
 

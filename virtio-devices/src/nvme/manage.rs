@@ -31,10 +31,12 @@ impl<S: MemorySource> NvmeQueues<S> {
         });
     }
 
-    /// Writes a sidecar; the command ends when it is durable.
-    pub(super) fn persist_admin(&self, index: u32, namespace: &Arc<Namespace>) {
-        let namespace = Arc::clone(namespace);
-        self.later(index, move |_| persist(&namespace).map(|()| 0));
+    /// Writes sidecars; the command ends when they are durable.
+    pub(super) fn persist_admin(&self, index: u32, namespaces: Vec<Arc<Namespace>>) {
+        self.later(index, move |_| {
+            namespaces.iter().try_for_each(|it| persist(it))?;
+            Ok(0)
+        });
     }
 
     pub(super) fn namespace_management(
@@ -154,7 +156,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
         });
         if namespace.choose(&ids, select == 0) {
-            self.persist_admin(index, &namespace);
+            self.persist_admin(index, vec![namespace]);
             return Ok(Outcome::Later);
         }
         Ok(Outcome::Done(0))

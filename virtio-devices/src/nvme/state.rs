@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// The version of [`NvmeState`] that this crate writes.
-pub const STATE_VERSION: u32 = 3;
+pub const STATE_VERSION: u32 = 4;
 
 /// A submission queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,6 +215,11 @@ impl NvmeController {
                 state.features.uncoalesced.len(),
                 core.config.vectors
             )));
+        }
+        for nsid in state.features.namespaces.keys() {
+            if core.subsystem.namespace(*nsid).is_none() {
+                return Err(bad(format!("there is no namespace {nsid}")));
+            }
         }
         if !state.events.is_possible() {
             return Err(bad("events that there are not"));
