@@ -20,6 +20,7 @@ use super::{
     interrupt::Interrupts,
     registers::{Action, DOORBELLS, Registers, csts},
     reservation::{HostId, Notice},
+    smart::Counters,
     subsystem::{Listener, Subsystem},
 };
 use crate::{Result, stats::QueueStats};
@@ -180,7 +181,8 @@ pub(super) struct Core {
     /// An enable that came while a reset was not finished.
     enable_later: AtomicBool,
     pub(super) started: Instant,
-    pub(super) power_cycles: AtomicU64,
+    /// Counters from another process, that SMART goes on from.
+    pub(super) brought: Mutex<Counters>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -232,7 +234,7 @@ impl Core {
             resetting: AtomicUsize::new(0),
             enable_later: AtomicBool::new(false),
             started: Instant::now(),
-            power_cycles: AtomicU64::new(1),
+            brought: Mutex::default(),
             subsystem,
             config,
         };

@@ -50,6 +50,8 @@ pub(super) struct NamespaceFeatures {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Features {
     pub(super) arbitration: u32,
+    /// The workload hint, which changes nothing; the power state is always 0.
+    power: u32,
     pub(super) over: u16,
     pub(super) under: u16,
     pub(super) write_cache: bool,
@@ -73,6 +75,7 @@ impl Features {
         Self {
             // No limit on the burst.
             arbitration: 7,
+            power: 0,
             over: OVER,
             under: UNDER,
             write_cache: true,
@@ -151,7 +154,7 @@ impl Features {
             }
             id::ATOMICITY => u32::from(self.disable_normal),
             id::EVENTS => self.events,
-            id::POWER => 0,
+            id::POWER => self.power,
             _ => return Err(Status::INVALID_FIELD),
         })
     }
@@ -160,9 +163,9 @@ impl Features {
     pub(super) fn set_dword(&mut self, feature: u8, value: u32) -> Result<(), Status> {
         match feature {
             id::ARBITRATION => self.arbitration = value,
-            // There is power state 0 and no workload hint changes anything.
+            // There is power state 0 alone.
             id::POWER if value & 31 != 0 => return Err(Status::INVALID_FIELD),
-            id::POWER => {}
+            id::POWER => self.power = value & 7 << 5,
             id::TEMPERATURE => {
                 let place = match (value >> 20 & 3, value >> 16 & 15) {
                     (0, 0 | 15) => &mut self.over,
