@@ -29,6 +29,9 @@ EXAMPLES
     platter ctl /run/nvme.ctl add-namespace namespace=more.qcow2,format=qcow2
     platter ctl /run/nvme.ctl remove-namespace nsid=2
 
+  One that a guest made in the pool of the server, with its image:
+    platter ctl /run/nvme.ctl remove-namespace nsid=3 --delete
+
 The socket is the one that 'platter serve … --control PATH' listens on. It speaks JSON, a line each:
   {\"execute\": \"resize\", \"arguments\": {\"size\": \"80G\"}}
 is answered with {\"return\": …} or {\"error\": \"why not\"}. What is returned is printed here.")]
@@ -42,6 +45,10 @@ pub(crate) struct CtlArgs {
     /// Its arguments: NAME=VALUE
     #[arg(value_name = "NAME=VALUE")]
     arguments: Vec<String>,
+    /// With remove-namespace: deletes the image and the sidecar of a namespace of the pool; the same as
+    /// delete=true
+    #[arg(long)]
+    delete: bool,
 }
 
 /// Runs the command.
@@ -52,6 +59,9 @@ pub(crate) fn run(args: &CtlArgs) -> Outcome {
             .split_once('=')
             .ok_or_else(|| Failure::usage("ctl", format!("'{text}': expected NAME=VALUE")))?;
         arguments.insert(name.to_owned(), Value::from(value));
+    }
+    if args.delete {
+        arguments.insert("delete".to_owned(), Value::from(true));
     }
     let request = json!({"execute": args.command, "arguments": arguments});
     let failed = |error: std::io::Error| {

@@ -457,6 +457,7 @@ impl RequestSink for QueueInner {
             result,
             buffers: direct.buffers.take(),
         });
+        self.io.driver.undelivered(1);
         slots.discard(slot);
         drop(slots);
         self.leave(&entered);

@@ -199,3 +199,38 @@ fn requests_wait_while_the_disk_is_drained() {
     assert_eq!(io.reap(&mut out), 1);
     assert_eq!(out[0].result, Ok(()));
 }
+
+/// Whether a descriptor is readable, or becomes so in that many milliseconds.
+fn is_readable(fd: std::os::fd::BorrowedFd<'_>, milliseconds: i32) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut list = [libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    }];
+    // SAFETY: an array of one entry, which outlives the call.
+    unsafe { libc::poll(list.as_mut_ptr(), 1, milliseconds) == 1 }
+}
+
+#[test]
+fn a_queue_is_told_of_what_another_of_its_thread_has_found() {
+    for (kind, options) in engines() {
+        let image = image("a.raw", &[7; 1 << 16]);
+        let disk = options.open(&image.path).unwrap();
+        let mut first = disk.create_async_io(4).unwrap();
+        let mut second = disk.create_async_io(4).unwrap();
+        let mut out = Vec::new();
+        // Asked for before anything is started; what that announced is taken away.
+        let _ = (first.notifier(), second.notifier());
+        second.reap(&mut out);
+        let buffers = Buffers::owned(AlignedBuf::zeroed(4096));
+        let op = RequestOp::Read { offset: 0, buffers };
+        assert_eq!(first.submit(&mut vec![Request { id: 1, op }]), 1);
+        assert!(is_readable(first.notifier(), 10_000), "{kind}");
+        // Both have one engine: this finds the completion, and it is not its own.
+        assert_eq!(second.reap(&mut out), 0, "{kind}");
+        assert!(is_readable(first.notifier(), 0), "{kind}");
+        assert_eq!(first.reap(&mut out), 1, "{kind}");
+        assert_eq!(out[0].result, Ok(()), "{kind}");
+    }
+}

@@ -49,6 +49,17 @@ impl Arguments {
         number.ok_or_else(|| format!("'{name}' is {value}, expected a number"))
     }
 
+    /// True or false, which it is if nobody says anything.
+    pub(crate) fn flag(&mut self, name: &str) -> Result<bool, String> {
+        match self.0.remove(name) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(flag),
+            Some(Value::String(text)) if text == "true" => Ok(true),
+            Some(Value::String(text)) if text == "false" => Ok(false),
+            Some(other) => Err(format!("'{name}' is {other}, expected true or false")),
+        }
+    }
+
     /// Nothing may be left that nobody asked for.
     pub(crate) fn end(&self) -> Result<(), String> {
         match self.0.keys().next() {

@@ -56,8 +56,19 @@ impl NvmeControl {
         Ok(json!({"nsid": nsid.map_err(|error| error.to_string())?}))
     }
 
-    fn remove(&self, namespace: &Namespace) -> Result<Value, String> {
-        let removed = self.subsystem.remove_namespace(namespace.nsid());
+    fn remove(&self, namespace: &Namespace, delete: bool) -> Result<Value, String> {
+        let nsid = namespace.nsid();
+        let removed = match (delete, namespace.pooled()) {
+            (true, _) => self.subsystem.delete_namespace(nsid),
+            (false, None) => self.subsystem.remove_namespace(nsid),
+            (false, Some(image)) => {
+                return Err(format!(
+                    "namespace {nsid} was made in the pool: {} would bring it back at the next start; \
+                     with --delete (\"delete\": true) image and sidecar are deleted, as a guest's delete-ns does",
+                    image.display()
+                ));
+            }
+        };
         removed.map_err(|error| error.to_string())?;
         // What is in flight ends, and the image is somebody else's to open.
         let closed = namespace.disk().close();
@@ -71,6 +82,7 @@ fn describe(namespace: &Namespace) -> Value {
     json!({
         "nsid": namespace.nsid(), "image": disk.path().display().to_string(),
         "format": disk.format().to_string(), "size": disk.size(), "block-size": namespace.lba_size(),
+        "pool": namespace.pooled().is_some(),
     })
 }
 
@@ -80,7 +92,7 @@ impl Controlled for NvmeControl {
             "status",
             "counters",
             "add-namespace namespace=IMAGE[,OPTION=VALUE]…",
-            "remove-namespace nsid=N",
+            "remove-namespace nsid=N [delete=true]",
             "resize nsid=N size=SIZE",
         ]
     }
@@ -102,8 +114,9 @@ impl Controlled for NvmeControl {
             }
             "remove-namespace" => {
                 let namespace = self.namespace(arguments)?;
+                let delete = arguments.flag("delete")?;
                 arguments.end()?;
-                self.remove(&namespace)
+                self.remove(&namespace, delete)
             }
             "resize" => {
                 let namespace = self.namespace(arguments)?;

@@ -1,6 +1,6 @@
 //! A PCI function with one disk, whichever kind it is: what the tests of storage are about.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::ahci::Adapter;
 use crate::lab::Workplace;
@@ -21,12 +21,39 @@ impl Kind {
     /// Serves one image as the only disk.
     #[track_caller]
     pub(crate) fn serve(self, workplace: &Workplace, image: &Path, format: &str) -> FunctionServer {
+        self.serve_with(workplace, image, format, &[])
+    }
+
+    /// The same with a control socket, whose path it gives, too.
+    #[track_caller]
+    pub(crate) fn serve_controlled(
+        self,
+        workplace: &Workplace,
+        image: &Path,
+        format: &str,
+    ) -> (FunctionServer, PathBuf) {
+        let control = workplace.socket("control");
+        let path = control.to_str().expect("a plain path");
+        let server = self.serve_with(workplace, image, format, &["--control", path]);
+        (server, control)
+    }
+
+    #[track_caller]
+    fn serve_with(
+        self,
+        workplace: &Workplace,
+        image: &Path,
+        format: &str,
+        more: &[&str],
+    ) -> FunctionServer {
         let (device, option) = match self {
             Self::Nvme => ("nvme", "--namespace"),
             Self::Ahci => ("ahci", "--disk"),
         };
         let disk = format!("{},format={format}", image.display());
-        FunctionServer::start(workplace, device, device, &[option, &disk])
+        let mut arguments = vec![option, disk.as_str()];
+        arguments.extend(more);
+        FunctionServer::start(workplace, device, device, &arguments)
     }
 
     /// Plugs the function into the guest.

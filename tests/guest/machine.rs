@@ -30,6 +30,7 @@ pub(crate) struct Builder {
     modules: Vec<String>,
     root: Option<String>,
     fio: bool,
+    private_memory: bool,
     more: Vec<String>,
 }
 
@@ -67,6 +68,12 @@ impl Builder {
     /// The guest has fio, whose libraries are more than everything else in it.
     pub(crate) fn fio(mut self) -> Self {
         self.fio = true;
+        self
+    }
+
+    /// The memory of the guest is nobody's but QEMU's: a server reaches it by messages, and vhost-user not at all.
+    pub(crate) fn private_memory(mut self) -> Self {
+        self.private_memory = true;
         self
     }
 
@@ -151,11 +158,13 @@ impl Guest {
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"])
             .args(["-m", "512"])
             .args(["-M", "q35,sata=off,smbus=off,memory-backend=memory"])
-            // The server maps the guest's memory, so that must be a file that can be shared.
-            .args([
-                "-object",
-                "memory-backend-memfd,id=memory,size=512M,share=on",
-            ])
+            .arg("-object")
+            .arg(if builder.private_memory {
+                "memory-backend-ram,id=memory,size=512M,share=off"
+            } else {
+                // The server maps the guest's memory, so that must be a file that can be shared.
+                "memory-backend-memfd,id=memory,size=512M,share=on"
+            })
             .args(["-action", "reboot=shutdown"])
             .arg("-serial")
             .arg(format!("file:{}", folder.join("console").display()))

@@ -1,6 +1,8 @@
 //! What holds for a disk whichever function it is behind: file systems, fio that verifies, resets and a driver that
 //! comes and goes under load.
 
+use serde_json::json;
+
 use crate::file_system::{FileSystem, manifest, manifest_command};
 use crate::function::Kind;
 use crate::lab::{Workplace, check_image};
@@ -24,13 +26,12 @@ wait
 ";
 
 /// A file system is made, filled, mounted again, compared, trimmed and checked, by the guest and by the host.
-fn file_system_on(kind: Kind, format: &str) {
+fn file_system_on(guest: &mut Guest, kind: Kind, format: &str) {
     let workplace = Workplace::new();
     let image = workplace.create("disk", format, "512M");
     let mut server = kind.serve(&workplace, &image, format);
-    let mut guest = SharedGuest::get(1);
-    let function = kind.plug(&mut guest, server.socket(0));
-    let device = function.disk(&mut guest);
+    let function = kind.plug(guest, server.socket(0));
+    let device = function.disk(guest);
 
     let ext4 = FileSystem::Ext4;
     guest.ok(&ext4.make(&device));
@@ -44,9 +45,8 @@ fn file_system_on(kind: Kind, format: &str) {
     guest.ok(&ext4.mount(&device, "/mnt"));
     assert_eq!(guest.ok(&manifest_command("/mnt")), expected);
     guest.ok("umount /mnt");
-    function.expect_queues(&mut guest, &device);
-    function.remove(&mut guest);
-    guest.done();
+    function.expect_queues(guest, &device);
+    function.remove(guest);
     server.stop();
 
     check_image(&image, format);
@@ -60,24 +60,42 @@ fn file_system_on(kind: Kind, format: &str) {
     );
 }
 
+/// The same in the guest that most tests share.
+fn shared_file_system_on(kind: Kind, format: &str) {
+    let mut guest = SharedGuest::get(1);
+    file_system_on(&mut guest, kind, format);
+    guest.done();
+}
+
 #[test]
 fn nvme_ext4_on_raw() {
-    file_system_on(Kind::Nvme, "raw");
+    shared_file_system_on(Kind::Nvme, "raw");
 }
 
 #[test]
 fn nvme_ext4_on_qcow2() {
-    file_system_on(Kind::Nvme, "qcow2");
+    shared_file_system_on(Kind::Nvme, "qcow2");
 }
 
 #[test]
 fn ahci_ext4_on_raw() {
-    file_system_on(Kind::Ahci, "raw");
+    shared_file_system_on(Kind::Ahci, "raw");
 }
 
 #[test]
 fn ahci_ext4_on_qcow2() {
-    file_system_on(Kind::Ahci, "qcow2");
+    shared_file_system_on(Kind::Ahci, "qcow2");
+}
+
+/// The memory of the guest is QEMU's alone: the server reaches every byte of it by a message. There is no such test
+/// for AHCI: QEMU reads its registers with the machine locked, and answers no message meanwhile.
+#[test]
+fn nvme_ext4_in_memory_that_is_not_shared() {
+    let mut guest = Guest::builder().private_memory().boot();
+    let memory = guest.monitor("query-memdev", &json!({}));
+    assert_eq!(memory[0]["share"], false, "{memory}");
+    file_system_on(&mut guest, Kind::Nvme, "qcow2");
+    guest.finish();
 }
 
 /// Jobs of fio, all at once, each on its own part of 96 MiB: many small writes in any order, four times over; blocks

@@ -3,8 +3,6 @@
 
 mod nvme_common;
 
-use std::sync::Arc;
-
 use nvme_common::{DATA, Guest, PAGE, Setup, read, write};
 use virtio_devices::{
     nvme::{NamespaceConfig, Status, driver::Entry},
@@ -199,19 +197,8 @@ fn an_aborted_command_stays_aborted_in_a_saved_state() {
     assert_eq!(abort(&mut guest, 1, cids[3]), 0);
     guest.disks[0].hold(false);
     guest.disks[0].release_all();
-    for worker in &mut guest.workers {
-        worker.drain().unwrap();
-    }
-    let workers = guest.workers.iter().map(|it| it.save().unwrap()).collect();
-    let state = guest.controller.save(workers).unwrap();
-    let mut other = Guest::with(narrow());
-    other.controller.restore(&state).unwrap();
-    other.put(0, &guest.bytes(0, nvme_common::MEMORY));
-    for (worker, saved) in other.workers.iter_mut().zip(&state.workers) {
-        worker.restore(saved);
-    }
-    let memory = Arc::clone(&other.memory);
-    other.queues = guest.queues.iter().map(|it| it.moved(&memory)).collect();
+    let state = guest.save();
+    let mut other = guest.moved_to(Guest::with(narrow()), &state);
     other.until("the rest", |other| written(other) == [2]);
     let statuses: Vec<_> = ended(&mut other, 0).iter().map(|it| it.1).collect();
     let expected = [
@@ -270,28 +257,6 @@ fn an_abort_ends_after_the_command_that_it_aborts() {
     assert_eq!(answer.unwrap().dw0, 0);
 }
 
-/// Moves a guest to another controller over a disk of its own.
-fn moved(guest: &mut Guest) -> Guest {
-    for worker in &mut guest.workers {
-        worker.drain().unwrap();
-    }
-    guest.workers[0].drain().unwrap();
-    let workers = guest.workers.iter().map(|it| it.save().unwrap()).collect();
-    let state = guest.controller.save(workers).unwrap();
-    let text = serde_json::to_string(&state).unwrap();
-    let state: virtio_devices::nvme::NvmeState = serde_json::from_str(&text).unwrap();
-    let mut other = Guest::with(narrow());
-    other.controller.restore(&state).unwrap();
-    other.put(0, &guest.bytes(0, nvme_common::MEMORY));
-    for (worker, saved) in other.workers.iter_mut().zip(&state.workers) {
-        worker.restore(saved);
-    }
-    let memory = Arc::clone(&other.memory);
-    other.queues = guest.queues.iter().map(|it| it.moved(&memory)).collect();
-    other.admin = guest.admin.moved(&memory);
-    other
-}
-
 #[test]
 fn an_abort_that_waits_and_a_deletion_that_waits_are_saved() {
     let (mut guest, cid) = full_queue();
@@ -301,7 +266,8 @@ fn an_abort_that_waits_and_a_deletion_that_waits_are_saved() {
     guest.process();
     guest.disks[0].hold(false);
     guest.disks[0].release_all();
-    let mut other = moved(&mut guest);
+    let state = guest.save();
+    let mut other = guest.moved_to(Guest::with(narrow()), &state);
     other.process();
     assert!(other.take_admin(abort).is_none());
     assert!(other.take_admin(delete).is_none());

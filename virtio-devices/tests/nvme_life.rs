@@ -325,3 +325,27 @@ fn impossible_queues_are_refused() {
     assert_eq!(guest.create_sq(1, 64, 1).status, Status::INVALID_QUEUE_ID);
     assert!(guest.create_sq(1, 4096, 1 | 1 << 16).status.is_success());
 }
+
+#[test]
+fn what_has_ended_when_a_reset_comes_is_not_posted() {
+    let mut guest = Guest::with_queues(Setup::default(), 1);
+    guest.disks[0].hold(true);
+    guest.post(0, &[write(0, 1), write(8, 1)]);
+    guest.process();
+    assert_eq!(guest.disks[0].held(), 2);
+    // The first has ended, but its worker sees the reset before it posts; the second is at the disk.
+    assert!(guest.disks[0].release(0));
+    guest.write32(CC, 0);
+    guest.process();
+    assert!(guest.poll(0).is_empty());
+    assert!(
+        guest.ready(),
+        "the disk has something of the guest's memory"
+    );
+    guest.disks[0].hold(false);
+    guest.disks[0].release_all();
+    guest.until("reset", |guest| !guest.ready());
+    guest.enable();
+    guest.create_pair(1, 64);
+    guest.io_ok(read(0, 1));
+}

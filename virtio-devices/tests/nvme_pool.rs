@@ -7,7 +7,9 @@ use std::{path::Path, sync::Arc};
 
 use block::{AsyncDiskFile, Format, OpenOptions};
 use nvme_common::{DATA, Guest, PAGE, Setup, le64, read, write};
-use virtio_devices::nvme::{PoolConfig, Status, Subsystem, SubsystemConfig, driver::Entry};
+use virtio_devices::nvme::{
+    NamespaceConfig, PoolConfig, Status, Subsystem, SubsystemConfig, driver::Entry,
+};
 
 const CAPACITY: u64 = 8 << 20;
 
@@ -149,4 +151,44 @@ fn half_a_namespace_is_left_alone_and_its_place_is_not_taken() {
     held.close().unwrap();
     drop(held);
     assert_eq!(start(folder.path()).subsystem.namespaces().len(), 1);
+}
+
+#[test]
+fn the_host_of_the_server_deletes_what_a_guest_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = start(folder.path());
+    assert_eq!(create(&mut guest, 4096, 0), 1);
+    attachment(&mut guest, 1, 0);
+    guest.io_ok(write(0, 1));
+    guest.admin_ok(Entry::new(9).cdw(10, 0x0b).cdw(11, 0x100));
+    let request = guest.post_admin(Entry::new(0x0c));
+    // Without its image it would be back at the next start.
+    let error = guest.subsystem.remove_namespace(1).unwrap_err();
+    let error = error.to_string();
+    for part in ["namespace 1 ", "pool", "namespace-1.raw"] {
+        assert!(error.contains(part), "{error}");
+    }
+    guest.io_ok(read(0, 1));
+    assert!(guest.take_admin(request).is_none());
+    guest.subsystem.delete_namespace(1).unwrap();
+    guest.process();
+    assert_eq!(guest.take_admin(request).unwrap().dw0, 0x0004_0002);
+    assert_eq!(guest.status(read(0, 1)), Status::INVALID_FIELD);
+    assert_eq!(free(&mut guest), CAPACITY);
+    let files = || std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files(), 0);
+    assert!(guest.subsystem.delete_namespace(1).is_err());
+    // What was given by hand is not ours to delete.
+    let path = folder.path().join("given");
+    std::fs::File::create_new(&path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    let disk = open(&path).unwrap();
+    let config = NamespaceConfig::default();
+    let nsid = guest.subsystem.add_namespace(disk, &config).unwrap();
+    let error = guest.subsystem.delete_namespace(nsid).unwrap_err();
+    assert!(error.to_string().contains("given"), "{error}");
+    guest.subsystem.remove_namespace(nsid).unwrap();
+    assert_eq!(files(), 1);
 }

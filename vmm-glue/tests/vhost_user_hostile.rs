@@ -13,6 +13,7 @@ use std::{
     path::Path,
 };
 
+use block::{Format, OpenOptions};
 use common::{
     Client, HIGH, PATIENCE, QUEUE_SIZE, REGION, Running, USER, config, connect, features,
 };
@@ -490,4 +491,29 @@ fn guest_memory_that_shrinks_costs_the_connection_alone() {
     assert!(server.is_alive());
     let mut next = Client::new(&server.path, 1);
     next.check(0, 0, 2);
+}
+
+#[test]
+fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let disk = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
+    let server = Running::new(disk, config(1));
+    let mut client = Client::new(&server.path, 1);
+    client.check(0, 64 << 10, 1);
+    let status = |client: &mut Client| {
+        client.read(0, 64 << 10, common::DATA, 4096);
+        client.submit(0);
+        client.wait(0, 1)[0].status
+    };
+    for left in [4096, 0] {
+        file.set_len(left).unwrap();
+        assert_ne!(status(&mut client), 0, "{left}");
+    }
+    assert!(server.is_alive());
+    file.set_len(1 << 20).unwrap();
+    assert_eq!(status(&mut client), 0);
+    client.check(0, 0, 2);
 }

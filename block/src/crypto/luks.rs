@@ -11,7 +11,11 @@ use std::time::Duration;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use self::fields::*;
+use self::fields::{
+    CIPHER_MODE, CIPHER_NAME, HASH_SPEC, KEY_BYTES, MK_DIGEST, MK_ITERATIONS, MK_SALT,
+    PAYLOAD_OFFSET, SLOT_LEN, SLOTS, UUID, UUID_LEN, VERSION, array, bad_field, be32, parse_hash,
+    parse_slots, parse_spec, text,
+};
 use super::{
     SECTOR_SIZE, SectorCipher, af,
     cipher::{CipherSpec, IvGenerator},

@@ -1,5 +1,6 @@
 //! What only ATA disks have: the tools that read them, ports that are plugged and unplugged, a size seen by a scan.
 
+use crate::function::Kind;
 use crate::lab::function::{FunctionServer, ctl};
 use crate::lab::{Workplace, check_image};
 use crate::load;
@@ -95,15 +96,7 @@ fn ahci_disks_come_and_go() {
     let workplace = Workplace::new();
     let first = workplace.create("first", "qcow2", "32M");
     let second = workplace.create("second", "raw", "32M");
-    let control = workplace.socket("control");
-    let disk = format!("{},format=qcow2", first.display());
-    let arguments = [
-        "--disk",
-        &disk,
-        "--control",
-        control.to_str().expect("plain text"),
-    ];
-    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &arguments);
+    let (mut server, control) = Kind::Ahci.serve_controlled(&workplace, &first, "qcow2");
     let mut guest = SharedGuest::get(1);
     let adapter = Adapter::plug(&mut guest, server.socket(0));
     let device = adapter.drive(&mut guest, 0);
@@ -136,15 +129,7 @@ fn ahci_disks_come_and_go() {
 fn ahci_resize_is_seen_after_a_scan() {
     let workplace = Workplace::new();
     let image = workplace.create("disk", "qcow2", "32M");
-    let control = workplace.socket("control");
-    let disk = format!("{},format=qcow2", image.display());
-    let arguments = [
-        "--disk",
-        &disk,
-        "--control",
-        control.to_str().expect("plain text"),
-    ];
-    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &arguments);
+    let (mut server, control) = Kind::Ahci.serve_controlled(&workplace, &image, "qcow2");
     let mut guest = SharedGuest::get(1);
     let adapter = Adapter::plug(&mut guest, server.socket(0));
     let device = adapter.drive(&mut guest, 0);

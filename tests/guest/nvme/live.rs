@@ -1,7 +1,7 @@
 //! What happens to a controller while the guest uses it: namespaces that come, grow and go, and a reset button.
 
 use crate::function::Kind;
-use crate::lab::function::{FunctionServer, ctl};
+use crate::lab::function::ctl;
 use crate::lab::{Workplace, check_image};
 use crate::load;
 use crate::machine::Guest;
@@ -14,15 +14,7 @@ fn nvme_namespaces_come_grow_and_go() {
     let workplace = Workplace::new();
     let first = workplace.create("first", "qcow2", "32M");
     let second = workplace.create("second", "raw", "32M");
-    let control = workplace.socket("ctl");
-    let namespace = format!("{},format=qcow2", first.display());
-    let arguments = [
-        "--namespace",
-        &namespace,
-        "--control",
-        control.to_str().expect("a plain path"),
-    ];
-    let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
+    let (mut server, control) = Kind::Nvme.serve_controlled(&workplace, &first, "qcow2");
     let mut guest = SharedGuest::get(1);
     let controller = Controller::plug(&mut guest, server.socket(0));
     let device = controller.namespace(&mut guest, 1);

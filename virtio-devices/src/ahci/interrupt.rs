@@ -5,12 +5,25 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::VectorInterrupt;
 
 /// CCC_CTL after a reset: one completion, one millisecond.
 const CCC_RESET: u32 = 1 << 8 | 1 << 16;
 const CCC_EN: u32 = 1;
 const CCC_INT_SHIFT: u32 = 3;
+
+/// What is saved of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct IrqState {
+    enabled: bool,
+    is: u32,
+    ccc_ctl: u32,
+    ccc_ports: u32,
+    /// Coalesced completions that were counted and not told yet.
+    untold: u32,
+}
 
 /// Interrupt state of an HBA.
 pub(super) struct Irq {
@@ -103,9 +116,13 @@ impl Irq {
         if limit != 0 && self.completions >= limit {
             self.fire();
         } else if self.due.is_none() {
-            let wait = Duration::from_millis(u64::from(self.ccc_ctl >> 16));
-            self.due = Some(Instant::now() + wait);
+            self.start_timer();
         }
+    }
+
+    fn start_timer(&mut self) {
+        let wait = Duration::from_millis(u64::from(self.ccc_ctl >> 16));
+        self.due = Some(Instant::now() + wait);
     }
 
     /// When [`expire`](Self::expire) should be called.
@@ -150,14 +167,30 @@ impl Irq {
     }
 
     /// Takes a saved state. What is unseen is told again: a message may have been lost.
-    pub(super) fn restore(&mut self, is: u32, enabled: bool, ccc_ctl: u32, ccc_ports: u32) {
-        self.is = is | self.pending;
-        self.enabled = enabled;
+    pub(super) fn restore(&mut self, saved: &IrqState) {
+        self.is = saved.is | self.pending;
+        self.enabled = saved.enabled;
         if let Some(bit) = self.ccc_bit {
-            self.ccc_ctl = ccc_ctl & !0xfe | bit << CCC_INT_SHIFT;
-            self.ccc_ports = ccc_ports;
+            self.ccc_ctl = saved.ccc_ctl & !0xfe | bit << CCC_INT_SHIFT;
+            self.ccc_ports = saved.ccc_ports;
+            if self.ccc_ctl & CCC_EN != 0 && saved.untold > 0 {
+                // They wait once more, but not for ever.
+                self.completions = saved.untold;
+                self.start_timer();
+            }
         }
         self.settle(0);
+    }
+
+    /// What has to be saved.
+    pub(super) fn save(&self) -> IrqState {
+        IrqState {
+            enabled: self.enabled,
+            is: self.is,
+            ccc_ctl: self.ccc_ctl,
+            ccc_ports: self.ccc_ports,
+            untold: self.completions,
+        }
     }
 
     /// The line follows IS, and new bits of IS are worth a message.

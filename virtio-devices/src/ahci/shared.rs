@@ -5,7 +5,11 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use super::{config::HbaConfig, interrupt::Irq, port::Port};
+use super::{
+    config::HbaConfig,
+    interrupt::{Irq, IrqState},
+    port::Port,
+};
 use crate::stats::QueueStats;
 
 /// Is told when the guest moves a tray: the port, and whether the tray is open now. It is called
@@ -50,6 +54,14 @@ impl Shared {
         if let Some(listener) = listener {
             listener(index as u8, open);
         }
+    }
+
+    /// Puts the interrupts into a saved state, after those of the ports.
+    pub(super) fn restore_interrupts(&self, saved: &IrqState) {
+        let mut irq = self.irq();
+        irq.restore(saved);
+        self.coalescing
+            .store(irq.due().is_some(), Ordering::Relaxed);
     }
 
     /// Shows the interrupts of a port, after `completed` commands; returns whether that interrupts

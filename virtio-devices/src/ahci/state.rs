@@ -5,23 +5,21 @@ use serde::{Deserialize, Serialize};
 use super::{
     Hba,
     drive::{Device, Drive},
+    interrupt::IrqState,
     port::{Port, Registers},
     regs::{cmd, is},
 };
 use crate::{Error, Result, ata::DiskState, mmc::MmcState};
 
 /// The version of [`HbaState`] that this crate writes.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// Everything about an HBA that its configuration, its drives and their disks do not say. Saved when
 /// every worker has been drained; untrusted when it comes back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HbaState {
     version: u32,
-    interrupts: bool,
-    is: u32,
-    ccc_ctl: u32,
-    ccc_ports: u32,
+    interrupts: IrqState,
     ports: Vec<PortState>,
 }
 
@@ -80,13 +78,9 @@ impl Hba {
                 drive: DriveState::of(port.drive.as_ref()),
             });
         }
-        let irq = self.shared.irq();
         Ok(HbaState {
             version: STATE_VERSION,
-            interrupts: irq.enabled,
-            is: irq.is,
-            ccc_ctl: irq.ccc_ctl,
-            ccc_ports: irq.ccc_ports,
+            interrupts: self.shared.irq().save(),
             ports,
         })
     }
@@ -125,11 +119,11 @@ impl Hba {
             let mut port = self.shared.port(index as u32);
             restore_port(&mut port, saved)?;
             self.shared.interrupt(index as u32, &port, 0);
-            port.ring();
         }
-        self.shared
-            .irq()
-            .restore(state.is, state.interrupts, state.ccc_ctl, state.ccc_ports);
+        self.shared.restore_interrupts(&state.interrupts);
+        for index in 0..state.ports.len() {
+            self.shared.port(index as u32).ring();
+        }
         Ok(())
     }
 }

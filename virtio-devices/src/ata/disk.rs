@@ -206,6 +206,25 @@ pub struct Counters {
     pub seconds: u64,
 }
 
+impl Counters {
+    /// Whether a disk can have counted so far: they can go on growing.
+    fn are_possible(&self) -> bool {
+        let all = [
+            self.reads,
+            self.writes,
+            self.sectors_read,
+            self.sectors_written,
+            self.media_errors,
+            self.errors,
+            self.power_cycles,
+            self.comresets,
+            self.soft_resets,
+            self.seconds,
+        ];
+        all.iter().all(|counter| *counter < 1 << 63)
+    }
+}
+
 /// An ATA disk: parses commands, keeps the drive's settings. It does no I/O.
 #[derive(Debug)]
 pub struct AtaDisk {
@@ -295,6 +314,9 @@ impl AtaDisk {
                 "a geometry of {} heads and {} sectors",
                 state.geometry.0, state.geometry.1
             )));
+        }
+        if !state.counters.are_possible() {
+            return Err(Error::State("counters that nothing reaches".to_owned()));
         }
         if state.errors.len() > ERRORS || !state.host_logs.is_sane() {
             return Err(Error::State("logs are larger than they can be".to_owned()));

@@ -67,7 +67,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
             opcode::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(command, guest),
             opcode::FORMAT_NVM => self.format_nvm(index, command),
-            opcode::SANITIZE => self.sanitize(command),
+            opcode::SANITIZE => self.sanitize(index, command),
             _ => Err(Status::INVALID_OPCODE),
         }
     }

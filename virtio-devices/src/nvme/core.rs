@@ -20,6 +20,7 @@ use super::{
     interrupt::Interrupts,
     registers::{Action, DOORBELLS, Registers, csts},
     reservation::{HostId, Notice},
+    smart::Counters,
     subsystem::{Listener, Subsystem},
 };
 use crate::{Result, stats::QueueStats};
@@ -180,7 +181,8 @@ pub(super) struct Core {
     /// An enable that came while a reset was not finished.
     enable_later: AtomicBool,
     pub(super) started: Instant,
-    pub(super) power_cycles: AtomicU64,
+    /// Counters from another process, that SMART goes on from.
+    pub(super) brought: Mutex<Counters>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -232,7 +234,7 @@ impl Core {
             resetting: AtomicUsize::new(0),
             enable_later: AtomicBool::new(false),
             started: Instant::now(),
-            power_cycles: AtomicU64::new(1),
+            brought: Mutex::default(),
             subsystem,
             config,
         };
@@ -500,7 +502,15 @@ impl Listener for Core {
         for port in &self.ports {
             port.kick();
         }
-        let tells = self.features().tells_namespaces();
+        let there = self.subsystem.namespaces();
+        let tells = {
+            let mut features = self.features();
+            // A namespace that comes in the place of one that is gone starts afresh.
+            features
+                .namespaces
+                .retain(|nsid, _| there.iter().any(|it| it.nsid() == *nsid));
+            features.tells_namespaces()
+        };
         self.with_events(|events| {
             for nsid in nsids {
                 events.add_changed(*nsid);
@@ -520,7 +530,7 @@ impl Listener for Core {
     fn reservation_notice(&self, nsid: u32, host: HostId, notice: Notice) {
         let (mask, ours) = {
             let features = self.features();
-            (features.reservation_mask, features.host_id)
+            (features.of(nsid).reservation_mask, features.host_id)
         };
         if ours.is_none_or(|(id, _)| id != host) {
             return;

@@ -226,6 +226,12 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
+    /// Whether both begin with a page: so they have to, and so nothing behind them is beyond the end of
+    /// all addresses.
+    pub(super) fn is_aligned(&self) -> bool {
+        self.doorbells.is_multiple_of(4096) && self.event_index.is_multiple_of(4096)
+    }
+
     /// Guest addresses of value and event index of a tail (`false`) or head (`true`).
     pub(super) fn at(&self, queue: u16, head: bool) -> (u64, u64) {
         let offset = u64::from(queue) * 8 + u64::from(head) * 4;

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use super::{Status, command::Command, command::put};
 
 /// Entries of the error log.
@@ -24,8 +26,18 @@ pub(super) const NAMESPACES: Event = Event::new(2, 0, 0x04);
 pub(super) const RESERVATION: Event = Event::new(6, 0, 0x80);
 pub(super) const SANITIZED: Event = Event::new(6, 1, 0x81);
 
+/// All of them.
+const EVENTS: [Event; 6] = [
+    INVALID_DOORBELL,
+    INVALID_DOORBELL_VALUE,
+    TEMPERATURE,
+    NAMESPACES,
+    RESERVATION,
+    SANITIZED,
+];
+
 /// An asynchronous event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Event {
     kind: u8,
     information: u8,
@@ -47,20 +59,70 @@ impl Event {
     }
 }
 
+/// An entry of the error log: a command that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Failure {
+    count: u64,
+    queue: u16,
+    cid: u16,
+    status: u16,
+    lba: u64,
+    nsid: u32,
+}
+
+impl Failure {
+    fn entry(&self) -> [u8; 64] {
+        let mut entry = [0; 64];
+        put(&mut entry, 0, &self.count.to_le_bytes());
+        put(&mut entry, 8, &self.queue.to_le_bytes());
+        put(&mut entry, 10, &self.cid.to_le_bytes());
+        put(&mut entry, 12, &(self.status << 1).to_le_bytes());
+        // No byte or bit of the command is to blame in particular.
+        put(&mut entry, 14, &0xffff_u16.to_le_bytes());
+        put(&mut entry, 16, &self.lba.to_le_bytes());
+        put(&mut entry, 24, &self.nsid.to_le_bytes());
+        entry
+    }
+}
+
+/// An entry of the reservation notification log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct NoticeEntry {
+    count: u64,
+    kind: u8,
+    nsid: u32,
+}
+
 /// What happened, and what the host has not been told yet.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Events {
-    pub(super) pending: VecDeque<Event>,
+    pending: VecDeque<Event>,
     /// Events reported whose log has not been read.
-    pub(super) masked: Vec<Event>,
-    pub(super) changed: BTreeSet<u32>,
-    notices: VecDeque<[u8; 64]>,
+    masked: Vec<Event>,
+    changed: BTreeSet<u32>,
+    notices: VecDeque<NoticeEntry>,
     notice_count: u64,
-    errors: VecDeque<[u8; 64]>,
+    /// The newest first.
+    errors: VecDeque<Failure>,
     pub(super) error_count: u64,
 }
 
 impl Events {
+    /// Whether a controller can have come to it: a saved state says so, which is not trusted.
+    pub(super) fn is_possible(&self) -> bool {
+        // Every event is there at most once.
+        self.pending.len() <= EVENTS.len()
+            && self.masked.len() <= EVENTS.len()
+            && self
+                .pending
+                .iter()
+                .chain(&self.masked)
+                .all(|event| EVENTS.contains(event))
+            && self.changed.len() <= MAX_CHANGED + 1
+            && self.notices.len() <= NOTICES
+            && self.errors.len() <= ERROR_ENTRIES
+    }
+
     /// Adds an event; one that waits already is not added again.
     pub(super) fn add(&mut self, event: Event) {
         if !self.pending.contains(&event) {
@@ -111,24 +173,29 @@ impl Events {
             self.notices.pop_front();
         }
         self.notice_count = self.notice_count.wrapping_add(1).max(1);
-        let mut page = [0; 64];
-        put(&mut page, 0, &self.notice_count.to_le_bytes());
-        page[8] = kind;
-        put(&mut page, 12, &nsid.to_le_bytes());
-        self.notices.push_back(page);
+        self.notices.push_back(NoticeEntry {
+            count: self.notice_count,
+            kind,
+            nsid,
+        });
     }
 
     /// Log page 80h: the oldest notice, which is gone then.
     pub(super) fn notice_log(&mut self, take: bool) -> Vec<u8> {
         let left = self.notices.len().saturating_sub(1).min(255) as u8;
-        let page = if take {
+        let mut page = vec![0; 64];
+        page[9] = left;
+        let oldest = if take {
             self.notices.pop_front()
         } else {
-            self.notices.front().copied()
+            self.notices.front().cloned()
         };
-        let mut page = page.unwrap_or([0; 64]);
-        page[9] = left;
-        page.to_vec()
+        if let Some(notice) = oldest {
+            put(&mut page, 0, &notice.count.to_le_bytes());
+            page[8] = notice.kind;
+            put(&mut page, 12, &notice.nsid.to_le_bytes());
+        }
+        page
     }
 
     /// Whether notices are left.
@@ -138,25 +205,21 @@ impl Events {
 
     /// Adds an entry to the error log.
     pub(super) fn add_error(&mut self, queue: u16, command: &Command, status: Status) {
-        self.error_count += 1;
-        let mut entry = [0; 64];
-        put(&mut entry, 0, &self.error_count.to_le_bytes());
-        put(&mut entry, 8, &queue.to_le_bytes());
-        put(&mut entry, 10, &command.cid.to_le_bytes());
-        put(&mut entry, 12, &(status.0 << 1).to_le_bytes());
-        // No byte or bit of the command is to blame in particular.
-        put(&mut entry, 14, &0xffff_u16.to_le_bytes());
-        if queue != 0 {
-            put(&mut entry, 16, &command.slba().to_le_bytes());
-        }
-        put(&mut entry, 24, &command.nsid.to_le_bytes());
-        self.errors.push_front(entry);
+        self.error_count = self.error_count.wrapping_add(1).max(1);
+        self.errors.push_front(Failure {
+            count: self.error_count,
+            queue,
+            cid: command.cid,
+            status: status.0,
+            lba: if queue == 0 { 0 } else { command.slba() },
+            nsid: command.nsid,
+        });
         self.errors.truncate(ERROR_ENTRIES);
     }
 
     /// Log page 01h: the newest entry first.
     pub(super) fn error_log(&self) -> Vec<u8> {
-        let mut page: Vec<u8> = self.errors.iter().flatten().copied().collect();
+        let mut page: Vec<u8> = self.errors.iter().flat_map(Failure::entry).collect();
         page.resize(ERROR_ENTRIES * 64, 0);
         page
     }

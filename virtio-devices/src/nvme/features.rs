@@ -1,5 +1,7 @@
 //! The values of features (base specification 2.0, 5.27.1), and who may change them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::Status;
@@ -37,13 +39,21 @@ const UNDER: u16 = 0;
 /// Bits of the asynchronous event configuration that can be set: SMART, namespace attributes.
 const EVENT_BITS: u32 = 0x1f | 1 << 8;
 
+/// The features that a controller has once for each namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NamespaceFeatures {
+    pub(super) error_recovery: u16,
+    pub(super) reservation_mask: u32,
+}
+
 /// The features of a controller.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Features {
     pub(super) arbitration: u32,
+    /// The workload hint, which changes nothing; the power state is always 0.
+    power: u32,
     pub(super) over: u16,
     pub(super) under: u16,
-    pub(super) error_recovery: u16,
     pub(super) write_cache: bool,
     /// I/O queues granted, 0's based, both kinds; 0: not asked yet.
     pub(super) queues: u32,
@@ -56,7 +66,8 @@ pub(super) struct Features {
     pub(super) timestamp: Option<(u64, u64)>,
     pub(super) host_behaviour: [u8; 4],
     pub(super) host_id: Option<([u8; 16], bool)>,
-    pub(super) reservation_mask: u32,
+    /// By namespace identifier; one that is not here has the defaults.
+    pub(super) namespaces: BTreeMap<u32, NamespaceFeatures>,
 }
 
 impl Features {
@@ -64,9 +75,9 @@ impl Features {
         Self {
             // No limit on the burst.
             arbitration: 7,
+            power: 0,
             over: OVER,
             under: UNDER,
-            error_recovery: 0,
             write_cache: true,
             queues: 0,
             coalescing: 0,
@@ -76,7 +87,7 @@ impl Features {
             timestamp: None,
             host_behaviour: [0; 4],
             host_id: None,
-            reservation_mask: 0,
+            namespaces: BTreeMap::new(),
         }
     }
 
@@ -102,6 +113,25 @@ impl Features {
         })
     }
 
+    /// The features of one namespace.
+    pub(super) fn of(&self, nsid: u32) -> NamespaceFeatures {
+        self.namespaces.get(&nsid).copied().unwrap_or_default()
+    }
+
+    /// Sets a feature of a namespace whose value is dword 11.
+    pub(super) fn set_of(&mut self, nsid: u32, feature: u8, value: u32) -> Result<(), Status> {
+        let mut of = self.of(nsid);
+        match feature {
+            // DULBE needs a namespace that reports deallocated blocks; none does.
+            id::ERROR_RECOVERY if value & 1 << 16 != 0 => return Err(Status::INVALID_FIELD),
+            id::ERROR_RECOVERY => of.error_recovery = value as u16,
+            id::RESERVATION_MASK => of.reservation_mask = value & 0b1110,
+            _ => return Err(Status::INVALID_FIELD),
+        }
+        self.namespaces.insert(nsid, of);
+        Ok(())
+    }
+
     /// The value of a feature that fits a dword; `of` is dword 11 of the command.
     pub(super) fn dword(&self, feature: u8, of: u32) -> Result<u32, Status> {
         Ok(match feature {
@@ -112,7 +142,6 @@ impl Features {
                 // Other sensors do not exist.
                 _ => return Err(Status::INVALID_FIELD),
             },
-            id::ERROR_RECOVERY => u32::from(self.error_recovery),
             id::WRITE_CACHE => u32::from(self.write_cache),
             id::QUEUES => self.queues,
             id::COALESCING => u32::from(self.coalescing),
@@ -125,8 +154,7 @@ impl Features {
             }
             id::ATOMICITY => u32::from(self.disable_normal),
             id::EVENTS => self.events,
-            id::RESERVATION_MASK => self.reservation_mask,
-            id::POWER => 0,
+            id::POWER => self.power,
             _ => return Err(Status::INVALID_FIELD),
         })
     }
@@ -135,9 +163,9 @@ impl Features {
     pub(super) fn set_dword(&mut self, feature: u8, value: u32) -> Result<(), Status> {
         match feature {
             id::ARBITRATION => self.arbitration = value,
-            // There is power state 0 and no workload hint changes anything.
+            // There is power state 0 alone.
             id::POWER if value & 31 != 0 => return Err(Status::INVALID_FIELD),
-            id::POWER => {}
+            id::POWER => self.power = value & 7 << 5,
             id::TEMPERATURE => {
                 let place = match (value >> 20 & 3, value >> 16 & 15) {
                     (0, 0 | 15) => &mut self.over,
@@ -146,9 +174,6 @@ impl Features {
                 };
                 *place = value as u16;
             }
-            // DULBE needs a namespace that reports deallocated blocks; none does.
-            id::ERROR_RECOVERY if value & 1 << 16 != 0 => return Err(Status::INVALID_FIELD),
-            id::ERROR_RECOVERY => self.error_recovery = value as u16,
             id::WRITE_CACHE => self.write_cache = value & 1 != 0,
             id::COALESCING => self.coalescing = value as u16,
             id::VECTOR => {
@@ -157,7 +182,6 @@ impl Features {
             }
             id::ATOMICITY => self.disable_normal = value & 1 != 0,
             id::EVENTS => self.events = value & EVENT_BITS,
-            id::RESERVATION_MASK => self.reservation_mask = value & 0b1110,
             _ => return Err(Status::INVALID_FIELD),
         }
         Ok(())

@@ -1,7 +1,5 @@
 //! Get Log Page (base specification 2.0, 5.16).
 
-use std::sync::atomic::Ordering;
-
 use super::{
     Status,
     command::{Command, put, put_text},
@@ -12,7 +10,7 @@ use super::{
     outcome::{Answer, Outcome},
     queues::NvmeQueues,
 };
-use crate::{MemorySource, memory::BatchMemory, stats::Op};
+use crate::{MemorySource, memory::BatchMemory};
 
 const SUPPORTED: u8 = 0x00;
 const ERRORS: u8 = 0x01;
@@ -21,6 +19,7 @@ const SLOTS: u8 = 0x03;
 const CHANGED: u8 = 0x04;
 const EFFECTS: u8 = 0x05;
 const FEATURES: u8 = 0x12;
+const MANAGEMENT: u8 = 0x13;
 const RESERVATIONS: u8 = 0x80;
 const SANITIZE: u8 = 0x81;
 
@@ -69,10 +68,30 @@ impl<S: MemorySource> NvmeQueues<S> {
 }
 
 impl Core {
+    /// Log page 00h: the pages there are.
+    fn supported(&self) -> Vec<u8> {
+        let mut page = vec![0; 1024];
+        for log in [
+            SUPPORTED,
+            ERRORS,
+            SMART,
+            SLOTS,
+            CHANGED,
+            EFFECTS,
+            FEATURES,
+            MANAGEMENT,
+            RESERVATIONS,
+        ] {
+            page[usize::from(log) * 4] = 1;
+        }
+        page[usize::from(SANITIZE) * 4] = u8::from(self.can_sanitize());
+        page
+    }
+
     fn log_page(&self, log: u8, command: &Command, clear: bool) -> Result<Vec<u8>, Status> {
         let of_controller = matches!(command.nsid, 0 | u32::MAX);
         Ok(match log {
-            SUPPORTED => supported(),
+            SUPPORTED => self.supported(),
             ERRORS => self.with_events_quietly(|events| events.error_log()),
             // LPA has no SMART a namespace.
             SMART if of_controller => self.smart(),
@@ -86,6 +105,8 @@ impl Core {
             EFFECTS if command.cdw14() >> 24 == 0 => self.effects(),
             SMART | EFFECTS => return Err(Status::INVALID_FIELD),
             FEATURES => feature_effects(),
+            // No command of NVMe-MI is there; but LPA says that this page is.
+            MANAGEMENT => vec![0; 4096],
             RESERVATIONS => self.with_events_quietly(|events| events.notice_log(clear)),
             SANITIZE if self.can_sanitize() => self.subsystem.sanitize.log().to_vec(),
             _ => return Err(Status::INVALID_LOG_PAGE),
@@ -103,46 +124,22 @@ impl Core {
         // Spare: all of it, threshold 10 %.
         page[3] = 100;
         page[4] = 10;
-        let sum = |get: &dyn Fn(&crate::stats::QueueStats) -> u64| -> u64 {
-            self.ports.iter().map(|port| get(&port.stats)).sum()
-        };
-        // Units of 1000 sectors of 512 bytes, rounded up.
-        let units = |op| sum(&|stats| stats.op(op).bytes()).div_ceil(512_000);
-        let count = |op| sum(&|stats| stats.op(op).completed());
-        put(&mut page, 32, &u128::from(units(Op::Read)).to_le_bytes());
-        put(&mut page, 48, &u128::from(units(Op::Write)).to_le_bytes());
-        put(&mut page, 64, &u128::from(count(Op::Read)).to_le_bytes());
-        put(&mut page, 80, &u128::from(count(Op::Write)).to_le_bytes());
-        let busy: u64 = self
-            .ports
-            .iter()
-            .map(|port| port.busy.load(Ordering::Relaxed))
-            .sum();
-        put(
-            &mut page,
-            96,
-            &u128::from(busy / 60_000_000_000).to_le_bytes(),
-        );
-        let cycles = self.power_cycles.load(Ordering::Relaxed);
-        put(&mut page, 112, &u128::from(cycles).to_le_bytes());
-        let hours = self.started.elapsed().as_secs() / 3600;
-        put(&mut page, 128, &u128::from(hours).to_le_bytes());
-        let failed: u64 = [Op::Read, Op::Write]
-            .iter()
-            .map(|op| sum(&|stats| stats.op(*op).failed()))
-            .sum();
-        put(&mut page, 160, &u128::from(failed).to_le_bytes());
+        self.counters().show(&mut page);
         let errors = self.with_events_quietly(|events| events.error_count);
         put(&mut page, 176, &u128::from(errors).to_le_bytes());
         put(&mut page, 200, &TEMPERATURE.to_le_bytes());
         page
     }
 
-    /// Commands supported and effects: bit 0 supported, 1 logical blocks may change, 2 capabilities
-    /// of a namespace may change, 3 the inventory of namespaces may change.
+    /// Commands supported and effects.
     fn effects(&self) -> Vec<u8> {
+        use effect::{
+            ALONE, ALONE_HERE, BLOCKS, CAPABILITIES, CONTROLLER, INVENTORY, NAMESPACE, SUBSYSTEM,
+            SUPPORTED,
+        };
         let mut page = vec![0; 4096];
         let mut admin_command = |code: u8, effects: u32| {
+            let effects = SUPPORTED | effects;
             put(&mut page, usize::from(code) * 4, &effects.to_le_bytes());
         };
         for code in [
@@ -158,25 +155,23 @@ impl Core {
             admin::ASYNC_EVENT_REQUEST,
             admin::DOORBELL_BUFFER_CONFIG,
         ] {
-            admin_command(code, 1);
+            admin_command(code, CONTROLLER);
         }
-        // CSE in bits 18:16: no other command to the same namespace, or to any.
         if self.manages() {
-            admin_command(admin::NAMESPACE_MANAGEMENT, 1 | 1 << 3);
-            admin_command(admin::NAMESPACE_ATTACHMENT, 1 | 1 << 3);
+            admin_command(admin::NAMESPACE_MANAGEMENT, INVENTORY | SUBSYSTEM);
+            admin_command(admin::NAMESPACE_ATTACHMENT, INVENTORY | SUBSYSTEM);
         }
         if self.all_remember() {
-            admin_command(admin::FORMAT_NVM, 1 | 1 << 1 | 1 << 2 | 1 << 16);
+            let format = BLOCKS | CAPABILITIES | ALONE_HERE | NAMESPACE;
+            admin_command(admin::FORMAT_NVM, format);
         }
         if self.can_sanitize() {
-            admin_command(admin::SANITIZE, 1 | 1 << 1 | 2 << 16);
+            admin_command(admin::SANITIZE, BLOCKS | ALONE | SUBSYSTEM);
         }
         let mut io_command = |code: u8, effects: u32| {
-            put(
-                &mut page,
-                1024 + usize::from(code) * 4,
-                &effects.to_le_bytes(),
-            );
+            let effects = SUPPORTED | NAMESPACE | effects;
+            let at = 1024 + usize::from(code) * 4;
+            put(&mut page, at, &effects.to_le_bytes());
         };
         for code in [
             io::READ,
@@ -188,7 +183,7 @@ impl Core {
             io::RESERVATION_ACQUIRE,
             io::RESERVATION_RELEASE,
         ] {
-            io_command(code, 1);
+            io_command(code, 0);
         }
         for code in [
             io::WRITE,
@@ -196,32 +191,33 @@ impl Core {
             io::DATASET_MANAGEMENT,
             io::COPY,
         ] {
-            io_command(code, 1 | 1 << 1);
+            io_command(code, BLOCKS);
         }
         if self.all_remember() {
-            io_command(io::WRITE_UNCORRECTABLE, 1 | 1 << 1);
+            io_command(io::WRITE_UNCORRECTABLE, BLOCKS);
         }
         page
     }
 }
 
-/// Log page 00h.
-fn supported() -> Vec<u8> {
-    let mut page = vec![0; 1024];
-    for log in [
-        SUPPORTED,
-        ERRORS,
-        SMART,
-        SLOTS,
-        CHANGED,
-        EFFECTS,
-        FEATURES,
-        RESERVATIONS,
-        SANITIZE,
-    ] {
-        page[usize::from(log) * 4] = 1;
-    }
-    page
+/// What log page 05h says of a command (base specification 2.0, 5.16.1.6).
+mod effect {
+    /// CSUPP.
+    pub(super) const SUPPORTED: u32 = 1;
+    /// LBCC: logical blocks may change.
+    pub(super) const BLOCKS: u32 = 1 << 1;
+    /// NCC: capabilities of a namespace may change.
+    pub(super) const CAPABILITIES: u32 = 1 << 2;
+    /// NIC: the inventory of namespaces may change.
+    pub(super) const INVENTORY: u32 = 1 << 3;
+    /// CSE: no other command to the same namespace.
+    pub(super) const ALONE_HERE: u32 = 1 << 16;
+    /// CSE: no other command to any namespace.
+    pub(super) const ALONE: u32 = 2 << 16;
+    /// CSP: what it is about.
+    pub(super) const NAMESPACE: u32 = 1 << 20;
+    pub(super) const CONTROLLER: u32 = 1 << 21;
+    pub(super) const SUBSYSTEM: u32 = 1 << 25;
 }
 
 /// Log page 12h: which features there are, and that a set changes nothing but the feature. Bits

@@ -31,10 +31,12 @@ impl<S: MemorySource> NvmeQueues<S> {
         });
     }
 
-    /// Writes a sidecar; the command ends when it is durable.
-    pub(super) fn persist_admin(&self, index: u32, namespace: &Arc<Namespace>) {
-        let namespace = Arc::clone(namespace);
-        self.later(index, move |_| persist(&namespace).map(|()| 0));
+    /// Writes sidecars; the command ends when they are durable.
+    pub(super) fn persist_admin(&self, index: u32, namespaces: Vec<Arc<Namespace>>) {
+        self.later(index, move |_| {
+            namespaces.iter().try_for_each(|it| persist(it))?;
+            Ok(0)
+        });
     }
 
     pub(super) fn namespace_management(
@@ -154,7 +156,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
         });
         if namespace.choose(&ids, select == 0) {
-            self.persist_admin(index, &namespace);
+            self.persist_admin(index, vec![namespace]);
             return Ok(Outcome::Later);
         }
         Ok(Outcome::Done(0))
@@ -170,8 +172,8 @@ impl<S: MemorySource> NvmeQueues<S> {
         if format > 1 {
             return Err(Status::INVALID_FORMAT);
         }
-        // No metadata, no protection information.
-        if value & (1 << 4 | 7 << 5 | 1 << 8) != 0 && value & 7 << 5 != 0 {
+        // No protection information; without metadata its place means nothing.
+        if value & 7 << 5 != 0 {
             return Err(Status::INVALID_FORMAT);
         }
         if erase > 1 {
@@ -229,15 +231,21 @@ impl<S: MemorySource> NvmeQueues<S> {
         Ok(Outcome::Later)
     }
 
-    pub(super) fn sanitize(&mut self, command: &Command) -> Answer {
+    pub(super) fn sanitize(&mut self, index: u32, command: &Command) -> Answer {
         if !self.core.can_sanitize() {
             return Err(Status::INVALID_OPCODE);
         }
         let value = command.cdw10();
+        let subsystem = &self.core.subsystem;
+        let restricted = subsystem.sanitize.has_failed_restricted();
         let action = match value & 7 {
+            1 if restricted => return Err(Status::SANITIZE_FAILED),
             1 => {
-                self.core.subsystem.sanitize.leave_failure();
-                return Ok(Outcome::Done(0));
+                if !subsystem.sanitize.leave_failure() {
+                    return Ok(Outcome::Done(0));
+                }
+                self.later(index, |core| remember_sanitize(core).map(|()| 0));
+                return Ok(Outcome::Later);
             }
             2 => Action::BlockErase,
             3 => Action::Overwrite {
@@ -247,10 +255,8 @@ impl<S: MemorySource> NvmeQueues<S> {
             },
             _ => return Err(Status::INVALID_FIELD),
         };
-        let subsystem = &self.core.subsystem;
-        if subsystem.sanitize.has_failed() && value & 8 != 0 {
-            // Only a restricted operation leaves a failed restricted one.
-            tracing::debug!("an unrestricted sanitize operation after a failure");
+        if restricted && value & 8 != 0 {
+            return Err(Status::SANITIZE_FAILED);
         }
         if subsystem
             .namespaces()
@@ -271,6 +277,15 @@ fn persist(namespace: &Namespace) -> Result<(), Status> {
         tracing::error!(nsid = namespace.nsid(), %error, "not remembered");
         Status::INTERNAL_ERROR
     })
+}
+
+/// What log page 81h says is still there after a restart.
+fn remember_sanitize(core: &Core) -> Result<(), Status> {
+    for namespace in core.subsystem.namespaces() {
+        namespace.set_sanitized(core.subsystem.sanitize.saved());
+        persist(&namespace)?;
+    }
+    Ok(())
 }
 
 /// Creates a namespace in the pool; returns its identifier.
@@ -312,25 +327,11 @@ fn create(core: &Core, bytes: u64, lba_size: u32) -> Result<u32, Status> {
     Ok(nsid)
 }
 
+/// Deletes a namespace of the pool. That it is gone already is what was asked for.
 fn delete(core: &Core, nsid: u32) {
-    let subsystem = &core.subsystem;
-    let Some(namespace) = subsystem.namespace(nsid) else {
-        return;
-    };
-    // Whoever created it in the pool removes it.
-    let Some(path) = namespace.pooled().cloned() else {
-        return;
-    };
-    let ids: Vec<u16> = namespace.attached().iter().copied().collect();
-    if let Err(error) = subsystem.remove_namespace(nsid) {
-        tracing::debug!(nsid, %error, "removed by another");
-        return;
+    if let Err(error) = core.subsystem.delete_namespace(nsid) {
+        tracing::error!(nsid, %error, "deleting a namespace");
     }
-    namespace.forget();
-    if let Err(error) = std::fs::remove_file(&path) {
-        tracing::error!(path = %path.display(), %error, "the image was not removed");
-    }
-    tracing::debug!(nsid, ?ids, "deleted");
 }
 
 /// Formats a namespace: nothing of what it held can be read afterwards.

@@ -53,6 +53,7 @@ mod sgl;
 mod shadow;
 mod sidecar;
 mod slot;
+mod smart;
 mod state;
 mod status;
 mod stream;

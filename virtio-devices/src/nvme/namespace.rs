@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -185,8 +185,10 @@ impl Namespace {
         &self.identity
     }
 
-    pub(super) fn pooled(&self) -> Option<&PathBuf> {
-        self.pooled.as_ref()
+    /// Its image in the pool, if namespace management has made it.
+    #[must_use]
+    pub fn pooled(&self) -> Option<&Path> {
+        self.pooled.as_deref()
     }
 
     pub(super) fn has_sidecar(&self) -> bool {
@@ -275,7 +277,7 @@ impl Namespace {
         let Some(sidecar) = &self.sidecar else {
             return Ok(());
         };
-        sidecar.write(&Content {
+        sidecar.write(|| Content {
             version: 1,
             lba_size: self.lba_size(),
             uncorrectable: self.uncorrectable().list(),
@@ -286,11 +288,16 @@ impl Namespace {
         })
     }
 
-    /// Removes the sidecar of a namespace that is deleted.
-    pub(super) fn forget(&self) {
+    /// Removes image and sidecar of a namespace of the pool: the sidecar first, because an image alone is
+    /// no namespace.
+    pub(super) fn erase_from_pool(&self, image: &Path) -> Result<()> {
         if let Some(sidecar) = &self.sidecar {
-            sidecar.remove();
+            sidecar.remove()?;
         }
+        std::fs::remove_file(image).map_err(|error| {
+            let path = image.display();
+            Error::Config(format!("pool: {path}: it was not removed: {error}"))
+        })
     }
 
     /// Whether a format or sanitize really removes the data from the host.

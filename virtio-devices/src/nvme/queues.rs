@@ -277,6 +277,12 @@ impl<S: MemorySource> NvmeQueues<S> {
         self.parked.clear();
         self.abort_replies.clear();
         self.event_requests.clear();
+        // What has ended is forgotten below, and must not be posted after that.
+        for cq in self.cqs.iter_mut().flatten() {
+            cq.ended.clear();
+        }
+        self.ready.clear();
+        self.waiting_to_post = 0;
         for index in self.slots.busy() {
             let slot = &self.slots[index];
             let second_writes = match slot.step {
@@ -337,8 +343,17 @@ impl<S: MemorySource> NvmeQueues<S> {
         self.parked.push(index);
     }
 
-    /// A command has ended: it is posted with the next batch.
+    /// A command has ended: it is posted with the next batch, and in the error log if it failed.
     pub(super) fn end(&mut self, index: u32, status: Status) {
+        if !status.is_success() {
+            let slot = &self.slots[index];
+            self.core.log_error(slot.queue, &slot.command, status);
+        }
+        self.ended(index, status);
+    }
+
+    /// A command has ended, and the error log knows.
+    pub(super) fn ended(&mut self, index: u32, status: Status) {
         self.let_go(index);
         let slot = &mut self.slots[index];
         slot.status = status;
@@ -357,10 +372,6 @@ impl<S: MemorySource> NvmeQueues<S> {
             }
         } else {
             self.forget(index);
-        }
-        if !status.is_success() {
-            let command = self.slots[index].command;
-            self.core.log_error(queue, &command, status);
         }
     }
 

@@ -28,6 +28,9 @@ pub(super) struct SavedSanitize {
     pub(super) action: Option<Action>,
     /// Dword 10 of the command that started it.
     pub(super) cdw10: u32,
+    /// It failed, and the host has left that state (Exit Failure Mode).
+    #[serde(default)]
+    pub(super) left: bool,
 }
 
 /// How the last sanitize operation went.
@@ -55,7 +58,11 @@ struct State {
     outcome: Outcome,
     action: Option<Action>,
     cdw10: u32,
+    left: bool,
 }
+
+/// Dword 10: AUSE, a failure may be left without another operation.
+const UNRESTRICTED: u32 = 1 << 3;
 
 /// The sanitize state of a subsystem.
 #[derive(Debug, Default)]
@@ -91,6 +98,7 @@ impl Sanitize {
             outcome: Outcome::InProgress,
             action: Some(action),
             cdw10,
+            left: false,
         };
         self.progress.store(0, Ordering::Release);
         self.failed.store(false, Ordering::Release);
@@ -110,9 +118,17 @@ impl Sanitize {
         self.running.store(false, Ordering::Release);
     }
 
-    /// Exit Failure Mode.
-    pub(super) fn leave_failure(&self) {
-        self.failed.store(false, Ordering::Release);
+    /// The last one failed in restricted completion mode: only another one of that mode ends that.
+    pub(super) fn has_failed_restricted(&self) -> bool {
+        self.has_failed() && self.state().cdw10 & UNRESTRICTED == 0
+    }
+
+    /// Exit Failure Mode; returns whether there is something to remember.
+    pub(super) fn leave_failure(&self) -> bool {
+        let mut state = self.state();
+        let failed = self.failed.swap(false, Ordering::AcqRel);
+        state.left |= failed;
+        failed
     }
 
     /// Takes over what sidecars remember; returns what has to be done again.
@@ -123,9 +139,10 @@ impl Sanitize {
                 outcome: saved.outcome,
                 action: saved.action,
                 cdw10: saved.cdw10,
+                left: saved.left,
             };
-            self.failed
-                .store(saved.outcome == Outcome::Failed, Ordering::Release);
+            let failed = saved.outcome == Outcome::Failed && !saved.left;
+            self.failed.store(failed, Ordering::Release);
         }
         if saved.outcome != Outcome::InProgress {
             return None;
@@ -140,6 +157,7 @@ impl Sanitize {
             outcome: state.outcome,
             action: state.action,
             cdw10: state.cdw10,
+            left: state.left,
         })
     }
 

@@ -1,9 +1,12 @@
 //! Get Features and Set Features (base specification 2.0, 5.15 and 5.27).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use super::{
-    Status,
+    Namespace, Status,
     command::{Command, le64, put},
     events,
     features::{Features, capability, id},
@@ -30,9 +33,6 @@ impl<S: MemorySource> NvmeQueues<S> {
         let feature = command.cdw10() as u8;
         let select = command.cdw10() >> 8 & 7;
         let capabilities = Features::capabilities(feature)?;
-        if capabilities & capability::NAMESPACE != 0 && select != 3 {
-            self.feature_namespace(command.nsid)?;
-        }
         let features = match select {
             0 => self.core.features().clone(),
             // Default and saved are the same: nothing can be saved.
@@ -44,6 +44,15 @@ impl<S: MemorySource> NvmeQueues<S> {
             3 => return Ok(Outcome::Done(capabilities)),
             _ => return Err(Status::INVALID_FIELD),
         };
+        if capabilities & capability::NAMESPACE != 0 {
+            let namespace = self.feature_namespace(feature, command.nsid)?;
+            let of = features.of(namespace.nsid());
+            return Ok(Outcome::Done(match feature {
+                id::ERROR_RECOVERY => u32::from(of.error_recovery),
+                id::RESERVATION_MASK => of.reservation_mask,
+                _ => u32::from(select == 0 && namespace.reservations().persistent),
+            }));
+        }
         match feature {
             id::TIMESTAMP => {
                 let data = timestamp(&features);
@@ -59,11 +68,6 @@ impl<S: MemorySource> NvmeQueues<S> {
                 let len = if command.cdw11() & 1 != 0 { 16 } else { 8 };
                 self.write_data(index, command, len, &host, guest)?;
             }
-            id::RESERVATION_PERSISTENCE => {
-                let namespace = self.core.subsystem.namespace(command.nsid);
-                let persistent = namespace.is_some_and(|it| it.reservations().persistent);
-                return Ok(Outcome::Done(u32::from(persistent)));
-            }
             id::QUEUES => return Ok(Outcome::Done(self.granted())),
             _ => return Ok(Outcome::Done(features.dword(feature, command.cdw11())?)),
         }
@@ -76,18 +80,25 @@ impl<S: MemorySource> NvmeQueues<S> {
         most | most << 16
     }
 
-    /// A feature of a namespace needs one that is attached here, or all of them.
-    fn feature_namespace(&self, nsid: u32) -> Result<(), Status> {
-        if nsid == u32::MAX {
-            return Ok(());
+    /// The namespace whose feature is asked for. All of them together have no value: the reservation
+    /// features call that an invalid field, others an invalid namespace.
+    fn feature_namespace(&self, feature: u8, nsid: u32) -> Result<Arc<Namespace>, Status> {
+        match (nsid, feature) {
+            (u32::MAX, id::RESERVATION_MASK | id::RESERVATION_PERSISTENCE) => {
+                Err(Status::INVALID_FIELD)
+            }
+            _ => self.attached(nsid),
         }
+    }
+
+    /// A namespace that is attached here.
+    fn attached(&self, nsid: u32) -> Result<Arc<Namespace>, Status> {
         if nsid == 0 || nsid > super::subsystem::MAX_NAMESPACES {
             return Err(Status::INVALID_NAMESPACE);
         }
         let namespace = self.core.subsystem.namespace(nsid);
         namespace
             .filter(|it| it.attached().contains(&self.core.id))
-            .map(|_| ())
             .ok_or(Status::INVALID_FIELD)
     }
 
@@ -104,8 +115,9 @@ impl<S: MemorySource> NvmeQueues<S> {
             return Err(Status::FEATURE_NOT_SAVEABLE);
         }
         if capabilities & capability::NAMESPACE != 0 {
-            self.feature_namespace(command.nsid)?;
-        } else if command.nsid != 0 && command.nsid != u32::MAX {
+            return self.set_of_namespaces(index, feature, command);
+        }
+        if command.nsid != 0 && command.nsid != u32::MAX {
             return Err(Status::FEATURE_NOT_NAMESPACE_SPECIFIC);
         }
         match feature {
@@ -123,7 +135,6 @@ impl<S: MemorySource> NvmeQueues<S> {
                 self.core.features().host_behaviour = kept;
             }
             id::HOST_ID => self.set_host_id(index, command, guest)?,
-            id::RESERVATION_PERSISTENCE => return self.set_persistence(index, command),
             _ => self.core.features().set_dword(feature, value)?,
         }
         self.core.apply_features();
@@ -181,22 +192,37 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
     }
 
-    fn set_persistence(&mut self, index: u32, command: &Command) -> Answer {
-        let on = command.cdw11() & 1 != 0;
-        let namespace = self
-            .core
-            .subsystem
-            .namespace(command.nsid)
-            .ok_or(Status::INVALID_NAMESPACE)?;
-        if on && !namespace.has_sidecar() {
-            return Err(Status::INVALID_FIELD);
+    /// A feature of one namespace, or of all that are attached here.
+    fn set_of_namespaces(&self, index: u32, feature: u8, command: &Command) -> Answer {
+        let targets = if command.nsid == u32::MAX {
+            self.core.subsystem.attached_to(self.core.id)
+        } else {
+            vec![self.attached(command.nsid)?]
+        };
+        if feature == id::RESERVATION_PERSISTENCE {
+            return self.set_persistence(index, targets, command.cdw11() & 1 != 0);
         }
-        let ((), changed) = namespace.change_reservations(|it| it.persistent = on);
-        if changed {
-            self.persist_admin(index, &namespace);
-            return Ok(Outcome::Later);
+        let mut features = self.core.features();
+        for namespace in &targets {
+            features.set_of(namespace.nsid(), feature, command.cdw11())?;
         }
         Ok(Outcome::Done(0))
+    }
+
+    /// Of several namespaces, those that can remember reservations are meant.
+    fn set_persistence(&self, index: u32, mut targets: Vec<Arc<Namespace>>, on: bool) -> Answer {
+        if on {
+            targets.retain(|namespace| namespace.has_sidecar());
+            if targets.is_empty() {
+                return Err(Status::INVALID_FIELD);
+            }
+        }
+        targets.retain(|namespace| namespace.change_reservations(|it| it.persistent = on).1);
+        if targets.is_empty() {
+            return Ok(Outcome::Done(0));
+        }
+        self.persist_admin(index, targets);
+        Ok(Outcome::Later)
     }
 }
 

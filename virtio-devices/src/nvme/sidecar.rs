@@ -5,6 +5,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,8 @@ pub(super) struct Content {
 #[derive(Debug)]
 pub(super) struct Sidecar {
     path: PathBuf,
+    /// Held while the file is replaced; set once it was removed.
+    removed: Mutex<bool>,
 }
 
 impl Sidecar {
@@ -51,6 +54,7 @@ impl Sidecar {
     pub(super) fn open(path: &Path) -> Result<(Self, Content)> {
         let sidecar = Self {
             path: path.to_owned(),
+            removed: Mutex::default(),
         };
         let content = match fs::metadata(path) {
             Ok(meta) if meta.len() > MAX_BYTES => {
@@ -63,7 +67,7 @@ impl Sidecar {
             },
             Err(error) => return Err(sidecar.failed(error)),
         };
-        sidecar.write(&content)?;
+        sidecar.write(|| content.clone())?;
         Ok((sidecar, content))
     }
 
@@ -86,9 +90,18 @@ impl Sidecar {
         Ok(content)
     }
 
-    /// Replaces the file: whatever happens, it holds the old content or the new.
-    pub(super) fn write(&self, content: &Content) -> Result<()> {
-        self.replace(content).map_err(|error| self.failed(error))
+    /// Replaces the file by what there is to remember now: whatever happens, it holds the old content or
+    /// the new. A file that was removed stays away.
+    pub(super) fn write(&self, content: impl FnOnce() -> Content) -> Result<()> {
+        let removed = self.removed();
+        if *removed {
+            return Ok(());
+        }
+        self.replace(&content()).map_err(|error| self.failed(error))
+    }
+
+    fn removed(&self) -> MutexGuard<'_, bool> {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn replace(&self, content: &Content) -> io::Result<()> {
@@ -112,10 +125,10 @@ impl Sidecar {
     }
 
     /// Removes the file, with the namespace it belongs to.
-    pub(super) fn remove(&self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the sidecar was not removed");
-        }
+    pub(super) fn remove(&self) -> Result<()> {
+        let mut removed = self.removed();
+        *removed = true;
+        fs::remove_file(&self.path).map_err(|error| self.failed(error))
     }
 
     fn failed(&self, reason: impl std::fmt::Display) -> Error {
@@ -134,9 +147,21 @@ mod tests {
         let (sidecar, mut content) = Sidecar::open(&path).unwrap();
         content.lba_size = 4096;
         content.uncorrectable = vec![(0, 4096)];
-        sidecar.write(&content).unwrap();
+        sidecar.write(|| content.clone()).unwrap();
         assert_eq!(Sidecar::open(&path).unwrap().1, content);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_removed_stays_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.nvme");
+        let (sidecar, content) = Sidecar::open(&path).unwrap();
+        sidecar.remove().unwrap();
+        // What was in flight comes to its end afterwards.
+        sidecar.write(|| content).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(sidecar.remove().is_err());
     }
 
     #[test]

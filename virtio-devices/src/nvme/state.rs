@@ -12,7 +12,7 @@ use super::{
     command::{Command, SQE},
     core::{NewCq, NewSq, Queue},
     doorbell::Shadow,
-    events::{Event, MAX_REQUESTS},
+    events::{Events, MAX_REQUESTS},
     features::Features,
     opcode::admin as opcode,
     outcome::Outcome,
@@ -20,6 +20,7 @@ use super::{
     registers::{MAX_ENTRIES, Registers, csts},
     reservation::SavedReservations,
     slot::Step,
+    smart::Counters,
 };
 use crate::{
     Error, MemorySource, Result,
@@ -27,7 +28,7 @@ use crate::{
 };
 
 /// The version of [`NvmeState`] that this crate writes.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 4;
 
 /// A submission queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,9 +109,9 @@ pub struct NvmeState {
     registers: Registers,
     features: Features,
     shadow: Option<Shadow>,
-    pending: Vec<Event>,
-    masked: Vec<Event>,
-    changed: BTreeSet<u32>,
+    /// With the error log and the reservation notices.
+    events: Events,
+    counters: Counters,
     namespaces: Vec<SavedNamespace>,
     /// The workers, in order.
     pub workers: Vec<NvmeWorkerState>,
@@ -130,13 +131,6 @@ impl NvmeController {
         if core.is_resetting() {
             return Err(bad("a reset is under way: let the workers finish it"));
         }
-        let (pending, masked, changed) = core.with_events_quietly(|events| {
-            (
-                events.pending.iter().copied().collect(),
-                events.masked.clone(),
-                events.changed.clone(),
-            )
-        });
         let namespaces = core.subsystem.namespaces();
         let namespaces = namespaces.iter().map(|namespace| {
             let attached = namespace.attached().contains(&core.id);
@@ -154,9 +148,8 @@ impl NvmeController {
             registers: core.registers().clone(),
             features: core.features().clone(),
             shadow: *core.shadow.lock().unwrap_or_else(PoisonError::into_inner),
-            pending,
-            masked,
-            changed,
+            events: core.with_events_quietly(|events| events.clone()),
+            counters: core.counters(),
             namespaces: namespaces.collect(),
             workers,
         })
@@ -193,11 +186,8 @@ impl NvmeController {
         core.apply_features();
         *core.shadow.lock().unwrap_or_else(PoisonError::into_inner) = state.shadow;
         core.hot.shadow_version.fetch_add(1, Ordering::SeqCst);
-        core.with_events(|events| {
-            events.pending = state.pending.iter().copied().collect();
-            events.masked.clone_from(&state.masked);
-            events.changed.clone_from(&state.changed);
-        });
+        core.with_events(|events| events.clone_from(&state.events));
+        core.set_counters(state.counters);
         for (worker, saved) in state.workers.iter().enumerate() {
             self.open_queues(worker, saved);
         }
@@ -226,8 +216,16 @@ impl NvmeController {
                 core.config.vectors
             )));
         }
-        if state.changed.len() > super::events::MAX_CHANGED + 1 || state.pending.len() > 64 {
-            return Err(bad("more events than there are"));
+        for nsid in state.features.namespaces.keys() {
+            if core.subsystem.namespace(*nsid).is_none() {
+                return Err(bad(format!("there is no namespace {nsid}")));
+            }
+        }
+        if !state.events.is_possible() {
+            return Err(bad("events that there are not"));
+        }
+        if state.shadow.is_some_and(|shadow| !shadow.is_aligned()) {
+            return Err(bad("shadow doorbells that are no pages"));
         }
         for saved in &state.namespaces {
             if !matches!(saved.lba_size, 512 | 4096) {
@@ -463,7 +461,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             for ended in &cq.ended {
                 let index = self.again(ended.sq, ended.cid);
                 self.slots[index].dw0 = ended.dw0;
-                self.end(index, Status(ended.status));
+                self.ended(index, Status(ended.status));
             }
             // The interrupt of what was posted last may not have arrived: another one follows.
             if cq.head != cq.tail

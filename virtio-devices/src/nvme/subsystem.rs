@@ -1,7 +1,7 @@
 //! An NVM subsystem: the namespaces that its controllers share, and the threads for host work.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fmt::Write as _,
     path::PathBuf,
     sync::{
@@ -230,23 +230,62 @@ impl Subsystem {
     /// image stays.
     ///
     /// # Errors
-    /// [`Error::Config`] when there is no such namespace.
+    /// [`Error::Config`] when there is no such namespace, and for one of the pool, which would be back
+    /// at the next start.
     pub fn remove_namespace(&self, nsid: u32) -> Result<()> {
-        let removed = self.take(nsid);
-        let Some(namespace) = removed else {
-            return Err(Error::Config(format!("there is no namespace {nsid}")));
+        let is_configured = |namespace: &Namespace| match namespace.pooled() {
+            None => Ok(()),
+            Some(image) => Err(Error::Config(format!(
+                "namespace {nsid} was made in the pool, where {} would bring it back at the next start: it can only be deleted",
+                image.display()
+            ))),
+        };
+        self.take(nsid, is_configured).map(|_| ())
+    }
+
+    /// Deletes a namespace of the pool, as a host does with Namespace Management: removed as by
+    /// [`remove_namespace`](Self::remove_namespace), its image and its sidecar with it. What it took of
+    /// the capacity is free again.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is no such namespace, for one that was configured, and when one of
+    /// the files could not be removed; the namespace is gone all the same then.
+    pub fn delete_namespace(&self, nsid: u32) -> Result<()> {
+        let is_pooled = |namespace: &Namespace| match namespace.pooled() {
+            Some(_) => Ok(()),
+            None => Err(Error::Config(format!(
+                "namespace {nsid} was configured with {}, which is not in the pool: it can only be removed",
+                namespace.disk().path().display()
+            ))),
+        };
+        let namespace = self.take(nsid, is_pooled)?;
+        match namespace.pooled() {
+            Some(image) => namespace.erase_from_pool(image),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a namespace away from every controller, if it `may` be.
+    fn take(
+        &self,
+        nsid: u32,
+        may: impl FnOnce(&Namespace) -> Result<()>,
+    ) -> Result<Arc<Namespace>> {
+        let namespace = {
+            let mut namespaces = self
+                .namespaces
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            let Entry::Occupied(entry) = namespaces.entry(nsid) else {
+                return Err(Error::Config(format!("there is no namespace {nsid}")));
+            };
+            may(entry.get())?;
+            entry.remove()
         };
         namespace.set_flag(flag::GONE, true);
         namespace.attached().clear();
         self.changed(&[nsid]);
-        Ok(())
-    }
-
-    pub(super) fn take(&self, nsid: u32) -> Option<Arc<Namespace>> {
-        self.namespaces
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&nsid)
+        Ok(namespace)
     }
 
     /// A namespace, attached or not.

@@ -85,8 +85,8 @@ impl MockDisk {
         while self.release(0) {}
     }
 
-    /// Asks `fail` about each request before it is done; an error fails the request without
-    /// touching the data.
+    /// Asks `fail` about each request before it is done, and about each synchronous write; an error
+    /// fails it without touching the data.
     pub fn fail_with(&self, fail: impl FnMut(&Logged) -> Option<ErrorKind> + Send + 'static) {
         self.state().fail = Some(Box::new(fail));
     }
@@ -167,8 +167,10 @@ impl DiskFile for MockDisk {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let mut state = self.state();
-        slice(&mut state.data, offset, buf.len() as u64)?.copy_from_slice(buf);
+        let (mut state, len) = (self.state(), buf.len() as u64);
+        let fua = false;
+        state.allow(&Logged::Write { offset, len, fua })?;
+        slice(&mut state.data, offset, len)?.copy_from_slice(buf);
         Ok(())
     }
 

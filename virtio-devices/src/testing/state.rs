@@ -127,12 +127,8 @@ impl State {
 
     /// Does a request and completes it.
     pub(super) fn execute(&mut self, plane: usize, request: Request) {
-        let logged = Logged::of(&request.op);
-        let failure = self.fail.as_mut().and_then(|fail| fail(&logged));
-        let result = match failure {
-            Some(kind) => Err(kind),
-            None => self.transfer(&request.op),
-        };
+        let allowed = self.allow(&Logged::of(&request.op));
+        let result = allowed.and_then(|()| self.transfer(&request.op));
         let buffers = match request.op {
             RequestOp::Read { buffers, .. } | RequestOp::Write { buffers, .. } => Some(buffers),
             _ => None,
@@ -145,6 +141,12 @@ impl State {
             });
             let _ = plane.event.write(1);
         }
+    }
+
+    /// Asks the test whether a request is to fail.
+    pub(super) fn allow(&mut self, request: &Logged) -> Result<(), ErrorKind> {
+        let failure = self.fail.as_mut().and_then(|fail| fail(request));
+        failure.map_or(Ok(()), Err)
     }
 
     fn transfer(&mut self, op: &RequestOp) -> Result<(), ErrorKind> {

@@ -179,9 +179,61 @@ fn save_and_restore() {
     assert!(other.sink.line.load(Ordering::Acquire));
     other.read(command(opcode::IDENTIFY_DEVICE, 0, 0), 512).ok();
     assert_eq!(other.data(512)[118], 8, "SET MULTIPLE MODE");
+    // Not with values that no driver and no time leads to.
+    let good = serde_json::to_value(&state).unwrap();
+    for (path, value) in [
+        ("/version", 9),
+        ("/ports/0/drive/Disk/multiple", 3),
+        ("/ports/0/drive/Disk/counters/reads", u64::MAX),
+        ("/ports/0/drive/Disk/geometry/0", 0),
+    ] {
+        let mut bad = good.clone();
+        *bad.pointer_mut(path).unwrap() = value.into();
+        let bad: HbaState = serde_json::from_value(bad).unwrap();
+        assert!(other.hba.restore(&bad).is_err(), "{path}");
+    }
     // Not into another machine.
     other.hba.unplug(0).unwrap();
     assert!(other.hba.restore(&state).is_err());
+}
+
+#[test]
+fn coalesced_completions_that_were_not_told_are_told_elsewhere() {
+    let mut machine = Machine::new(Setup::default());
+    machine.driver.set(px::IE, 0);
+    machine.driver.set_global(regs::CCC_PORTS, 1);
+    // Three completions or a minute, then three or ten milliseconds.
+    for (time, counted, told) in [(60_000, 2, false), (10, 1, true)] {
+        machine.driver.set_global(regs::CCC_CTL, 0);
+        let control = time << 16 | 3 << 8 | 1;
+        machine.driver.set_global(regs::CCC_CTL, control);
+        let flush = command(opcode::FLUSH_CACHE, 0, 0);
+        for _ in 0..counted {
+            machine.plain(flush).ok();
+        }
+        machine.worker.drain().unwrap();
+        let state = machine.hba.save().unwrap();
+        let mut other = Machine::cold(Setup::default());
+        let memory = machine.driver.take(0, crate::common::MEMORY);
+        other.driver.put(0, &memory);
+        other.hba.restore(&state).unwrap();
+        assert_eq!(other.hba.save().unwrap(), state);
+        if told {
+            // Nothing else ends: it is the time that tells.
+            let start = Instant::now();
+            while other.driver.global(regs::IS) == 0 {
+                assert!(start.elapsed() < Duration::from_secs(10), "never told");
+                std::thread::sleep(Duration::from_millis(2));
+                other.work();
+            }
+        } else {
+            other.work();
+            assert_eq!(other.driver.global(regs::IS), 0);
+            // The third.
+            other.plain(flush).ok();
+        }
+        assert_eq!(other.driver.global(regs::IS), 1 << 6);
+    }
 }
 
 #[test]

@@ -11,10 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use block::Capabilities;
 use virtio_devices::{
     VectorInterrupt,
     nvme::{
-        NamespaceConfig, NvmeConfig, NvmeController, NvmeWorker, Status, Subsystem,
+        NamespaceConfig, NvmeConfig, NvmeController, NvmeState, NvmeWorker, Status, Subsystem,
         SubsystemConfig,
         driver::{Completed, Entry, QueuePair},
     },
@@ -94,6 +95,25 @@ impl Default for Setup {
             subsystem: SubsystemConfig::default(),
             disks: vec![(MockDiskConfig::default(), NamespaceConfig::default())],
         }
+    }
+}
+
+/// One disk with a sidecar in that folder.
+pub fn with_sidecar(folder: &tempfile::TempDir, secure_erase: bool) -> Setup {
+    let disk = MockDiskConfig {
+        capabilities: Capabilities {
+            secure_erase,
+            ..MockDiskConfig::default().capabilities
+        },
+        ..MockDiskConfig::default()
+    };
+    let config = NamespaceConfig {
+        sidecar: Some(folder.path().join("a.nvme")),
+        ..NamespaceConfig::default()
+    };
+    Setup {
+        disks: vec![(disk, config)],
+        ..Setup::default()
     }
 }
 
@@ -369,6 +389,32 @@ impl Guest {
             .read_slice(&mut out, GuestAddress(address))
             .unwrap();
         out
+    }
+
+    /// What is saved once everything that was taken has ended; it has been text in between.
+    pub fn save(&mut self) -> NvmeState {
+        for worker in &mut self.workers {
+            worker.drain().unwrap();
+        }
+        self.workers[0].drain().unwrap();
+        let workers = self.workers.iter().map(|it| it.save().unwrap()).collect();
+        let state = self.controller.save(workers).unwrap();
+        let text = serde_json::to_string(&state).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// The guest behind another controller, which is put into the state; its memory moves with it.
+    pub fn moved_to(&self, mut other: Guest, state: &NvmeState) -> Guest {
+        other.controller.restore(state).unwrap();
+        other.put(0, &self.bytes(0, MEMORY));
+        for (worker, saved) in other.workers.iter_mut().zip(&state.workers) {
+            worker.restore(saved);
+        }
+        let memory = Arc::clone(&other.memory);
+        other.next_cid = self.next_cid;
+        other.admin = self.admin.moved(&memory);
+        other.queues = self.queues.iter().map(|it| it.moved(&memory)).collect();
+        other
     }
 
     /// A page that Identify gives.

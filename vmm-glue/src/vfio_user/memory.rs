@@ -178,11 +178,11 @@ impl VfioUserRegion {
         };
         let mut done = 0;
         while done < len {
-            let take = (len - done).min(channel.max_data());
+            let take = (len - done).min(channel.piece());
             let at = offset + done as u64;
             let address = (self.guest + at).to_ne_bytes();
             let count = (take as u64).to_ne_bytes();
-            let reply = channel.request(DMA_READ, &[&address, &count])?;
+            let reply = channel.request(DMA_READ, &[&address, &count], take)?;
             let data = reply.get(16..).filter(|data| data.len() == take);
             let Some(data) = data.filter(|_| reply[..8] == address) else {
                 let text = "a reply to DMA_READ that is not about the range".to_owned();
@@ -200,14 +200,14 @@ impl VfioUserRegion {
     fn send(&self, channel: &Channel, offset: usize, len: usize) {
         let mut done = 0;
         while done < len {
-            let take = (len - done).min(channel.max_data());
+            let take = (len - done).min(channel.piece());
             let at = (offset + done) as u64;
             let mut data = vec![0; take];
             let sent = self.bytes(at, take).and_then(|bytes| {
                 bytes.copy_to(&mut data);
                 let address = (self.guest + at).to_ne_bytes();
                 let count = (take as u64).to_ne_bytes();
-                channel.request(DMA_WRITE, &[&address, &count, &data])
+                channel.request(DMA_WRITE, &[&address, &count, &data], 0)
             });
             if let Err(error) = sent {
                 let guest = self.guest + at;

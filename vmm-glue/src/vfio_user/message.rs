@@ -30,6 +30,11 @@ use crate::{
 const HEADER: usize = 16;
 /// The most bytes of data of a region access or version text.
 pub(super) const MAX_DATA: usize = 1 << 20;
+/// The most bytes of guest memory in a message of ours, and in a reply to it.
+const MAX_PIECE: usize = 32 << 10;
+/// The most bytes of replies that may be on their way at once: QEMU 11.1 sends no more of a reply than
+/// fits into its socket's buffer at once, which is 208 KiB with a usual kernel, and forgets the rest.
+const MAX_ASKED: usize = 64 << 10;
 /// The most descriptors of a message.
 pub(super) const MAX_FDS: usize = 16;
 
@@ -118,6 +123,8 @@ struct State {
     aside_bytes: usize,
     /// Commands of ours without a reply yet, and replies that were not taken yet.
     waiting: HashMap<u16, Option<Replied>>,
+    /// Bytes of data that these replies are to have.
+    asked: usize,
     next: u16,
     /// Since when the session executes a command.
     busy_since: Option<Instant>,
@@ -181,6 +188,11 @@ impl Channel {
     /// The most bytes of data of a message to the client.
     pub(super) fn max_data(&self) -> usize {
         self.max_data.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes of guest memory in a message of ours.
+    pub(super) fn piece(&self) -> usize {
+        self.max_data().min(MAX_PIECE)
     }
 
     /// Bytes of guest memory that went through messages since this was asked last.
@@ -335,14 +347,24 @@ impl Channel {
         Ok(self.socket.send(&bytes, fd.as_slice(), self.stop.as_fd())?)
     }
 
-    /// Sends a command of ours and waits for its reply. Called by any thread but the session's.
+    /// Sends a command of ours and waits for its reply, which is to have `asked` bytes of data. Called by
+    /// any thread but the session's.
     ///
     /// # Errors
     /// What the client answers; `TimedOut` when it answers too late: then it loses the connection,
     /// unless it waited for us itself; `BrokenPipe` without a connection.
-    pub(super) fn request(&self, command: u16, body: &[&[u8]]) -> io::Result<Vec<u8>> {
+    pub(super) fn request(
+        &self,
+        command: u16,
+        body: &[&[u8]],
+        asked: usize,
+    ) -> io::Result<Vec<u8>> {
         let id = {
             let mut state = self.state();
+            while !state.over && state.asked > 0 && state.asked + asked > MAX_ASKED {
+                let waited = self.changed.wait_timeout(state, TICK);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
             if state.over {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -352,6 +374,7 @@ impl Channel {
             let id = state.next;
             state.next = id.wrapping_add(1);
             state.waiting.insert(id, None);
+            state.asked += asked;
             id
         };
         let bytes: usize = body.iter().map(|part| part.len()).sum();
@@ -369,7 +392,11 @@ impl Channel {
                 Err(io::ErrorKind::BrokenPipe.into())
             }
         };
-        self.state().waiting.remove(&id);
+        let mut state = self.state();
+        state.waiting.remove(&id);
+        state.asked -= asked;
+        drop(state);
+        self.changed.notify_all();
         if let Ok(body) = &answer {
             self.moved.fetch_add(body.len() as u64, Ordering::Relaxed);
         }

@@ -42,10 +42,7 @@ fn has_ended(client: &Client, queue: u64, index: u64) -> bool {
 #[test]
 fn a_controller_takes_nothing_until_it_may() {
     let server = nvme();
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     client.set_command(MEMORY_ONLY);
     client.post(1, 0, &Client::io(1));
     client.write(0x1008, 1);
@@ -69,10 +66,7 @@ fn a_controller_takes_nothing_until_it_may() {
 #[test]
 fn what_was_begun_ends_before_the_bit_reads_as_clear() {
     let server = nvme();
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     let message = EventFd::new(EFD_NONBLOCK).unwrap();
     let fds = [message.as_raw_fd()];
     client

@@ -222,6 +222,18 @@ impl Client {
         self.map_range(3, BASE, MEMORY, &[fd]).unwrap();
     }
 
+    /// Memory without a descriptor, so that it is reached by messages.
+    pub fn map_by_messages(&mut self) {
+        self.map_range(3, BASE, MEMORY, &[]).unwrap();
+    }
+
+    /// Memory with its descriptor up to `data`, and a page without one from there on.
+    pub fn map_mixed(&mut self, data: u64) {
+        let fd = self.memory.as_raw_fd();
+        self.map_range(3, BASE, data, &[fd]).unwrap();
+        self.map_range(3, BASE + data, 0x1000, &[]).unwrap();
+    }
+
     pub fn map_range(&mut self, flags: u32, at: u64, len: u64, fds: &[i32]) -> Result<(), u32> {
         let mut body: Vec<u8> = [32, flags].iter().flat_map(|it| it.to_ne_bytes()).collect();
         let offset = if fds.is_empty() { 0 } else { at - BASE };

@@ -1,7 +1,7 @@
 //! An AHCI adapter in guest memory that it reaches by messages: a disk, and an optical drive.
 
 use std::{
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::unix::fs::FileExt,
     time::{Duration, Instant},
 };
 
@@ -13,7 +13,7 @@ use virtio_devices::{
 
 use crate::{
     ahci_driver::{Ahci, DATA, Issue},
-    client::{BASE, Client, MEMORY},
+    client::Client,
     server::{ahci, ahci_with},
 };
 
@@ -36,7 +36,7 @@ fn write_and_read(client: &mut Client, byte: u8) {
 fn a_disk_is_written_and_read() {
     let server = ahci();
     let mut client = server.client();
-    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    client.map_by_messages();
     client.start();
     for round in 1..=3 {
         write_and_read(&mut client, round);
@@ -75,7 +75,7 @@ fn an_optical_drive_answers_packets_and_reads_its_medium() {
     medium.write(0, &contents);
     let server = ahci_with(Some(medium));
     let mut client = server.client();
-    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    client.map_by_messages();
     client.start_on(1);
     let packet = |client: &mut Client, packet: &[u8], bytes: u32, dma: u8| {
         let mut task = command(0xa0, 0, 0);
@@ -119,9 +119,7 @@ fn an_optical_drive_answers_packets_and_reads_its_medium() {
 fn structures_that_are_mapped_beside_data_that_is_not() {
     let server = ahci();
     let mut client = server.client();
-    let fd = client.memory.as_raw_fd();
-    client.map_range(3, BASE, DATA, &[fd]).unwrap();
-    client.map_range(3, BASE + DATA, 0x1000, &[]).unwrap();
+    client.map_mixed(DATA);
     client.start();
     client.memory.write_all_at(&[7; 512], DATA).unwrap();
     client.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);
@@ -136,9 +134,7 @@ fn structures_that_are_mapped_beside_data_that_is_not() {
 fn a_client_that_takes_no_data_loses_its_connection_alone() {
     let server = ahci();
     let mut client = server.client();
-    let fd = client.memory.as_raw_fd();
-    client.map_range(3, BASE, DATA, &[fd]).unwrap();
-    client.map_range(3, BASE + DATA, 0x1000, &[]).unwrap();
+    client.map_mixed(DATA);
     client.start();
     client.refused_below = u64::MAX;
     client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
@@ -147,7 +143,34 @@ fn a_client_that_takes_no_data_loses_its_connection_alone() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
     let mut client = server.client();
-    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    client.map_by_messages();
+    client.start();
+    write_and_read(&mut client, 5);
+}
+
+/// QEMU reads registers with its machine locked, and answers nothing meanwhile.
+#[test]
+fn a_register_is_answered_while_its_port_waits_for_who_reads_it() {
+    let server = ahci();
+    let mut client = server.client();
+    client.map_by_messages();
+    client.start();
+    // The signature of the drive is in memory, too, when this has ended.
+    write_and_read(&mut client, 4);
+    let before = server.disk.log().len();
+    client.deaf = true;
+    client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
+    let started = Instant::now();
+    while !client.has_message() {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    // The port waits for its command, the register for the port, the client for the register.
+    client.port(px::SIG);
+    client.deaf = false;
+    client.until("an error", |it| it.port(px::IS) & 1 << 29 != 0);
+    assert_eq!(server.disk.log().len(), before, "it was not begun");
+    // It costs that command alone.
+    client.set_port(px::CMD, 0);
     client.start();
     write_and_read(&mut client, 5);
 }

@@ -125,10 +125,7 @@ fn release(disk: &MockDisk) -> thread::JoinHandle<()> {
 
 /// A controller with two of eight writes at the disk, and the others not even taken.
 fn under_load(server: &Server<NvmeFunction>) -> Client {
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     server.disk.hold(true);
     for index in 0..8 {
         let data = 0x8000 + index * 512;
@@ -206,6 +203,53 @@ fn a_controller_moves_under_load_and_nothing_is_lost() {
     assert_eq!(client.identify(2), 0);
     client.write(0x100c, 8);
     assert_eq!(client.transfer(8, 2), 0);
+}
+
+/// The first 512 bytes of the error log, and SMART, by two admin commands.
+fn logs(client: &mut Client, index: u64) -> [Vec<u8>; 2] {
+    let at = BASE + 0xa000;
+    [(index, 1), (index + 1, 2)].map(|(index, page)| {
+        let entry = [
+            (0, 2 | 8 << 16),
+            (1, u32::MAX),
+            (6, at as u32),
+            (7, (at >> 32) as u32),
+            (10, page | 127 << 16),
+        ];
+        assert_eq!(client.command(0, index, &entry), 0);
+        let mut data = vec![0; 512];
+        client.memory.read_exact_at(&mut data, 0xa000).unwrap();
+        data
+    })
+}
+
+#[test]
+fn what_a_controller_has_logged_and_counted_moves_with_it() {
+    let one = nvme();
+    let mut client = one.driver();
+    assert_eq!(client.transfer(0, 1), 0);
+    let mut beyond = Client::io(2);
+    beyond[4] = (10, 1 << 30);
+    assert_ne!(client.command(1, 1, &beyond), 0);
+    let before = logs(&mut client, 2);
+    // The number of the entry; the units that were written.
+    assert_eq!((before[0][0], before[1][48]), (1, 1));
+    let data = client.save();
+    let memory = client.memory.try_clone().unwrap();
+    drop(client);
+    let two = nvme();
+    // Another client was here before.
+    let mut other = two.driver();
+    assert_ne!(other.command(1, 0, &beyond), 0);
+    drop(other);
+    let mut client = Client::with_memory(&two.path(), memory);
+    client.map();
+    client.restore(&data);
+    assert_eq!(logs(&mut client, 4), before);
+    assert_ne!(client.command(1, 2, &beyond), 0);
+    let after = logs(&mut client, 6);
+    assert_eq!(after[0][0], 2);
+    assert_eq!(after[0][64..128], before[0][..64]);
 }
 
 #[test]
@@ -335,10 +379,7 @@ fn every_transition_that_there_is_and_no_other() {
 #[test]
 fn memory_is_exchanged_while_the_device_is_stopped() {
     let server = nvme();
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     client.go(STOP).unwrap();
     client.unmap().unwrap();
     // A doorbell now is the client's mistake, and is looked at later.
@@ -356,8 +397,7 @@ fn memory_is_exchanged_while_the_device_is_stopped() {
         client = server.client();
         assert_eq!(client.state(), RUNNING);
         client.map();
-        client.enable();
-        client.create_queues();
+        client.set_up();
         assert_eq!(client.transfer(0, 2), 0);
     }
 }

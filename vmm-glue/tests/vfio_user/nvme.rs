@@ -19,7 +19,7 @@ use virtio_devices::testing::{MockDisk, MockDiskConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    client::{BASE, Client, MEMORY},
+    client::{BASE, Client},
     nvme_driver::Nvme,
     server::{nvme, nvme_over},
 };
@@ -41,8 +41,7 @@ fn a_client_uses_the_controller_and_the_next_one_finds_it_fresh() {
             .words(8, &[20, 1 << 2 | 1 << 5, 2, 1, 1], &fds)
             .unwrap();
         assert_eq!(client.read(0, 0x1c), 0);
-        client.enable();
-        client.create_queues();
+        client.set_up();
         client.memory.write_all_at(&[round; 512], 0x8000).unwrap();
         assert_eq!(client.transfer(0, 1), 0);
         assert_eq!(server.disk.contents()[3 * 512..4 * 512], [round; 512]);
@@ -62,10 +61,7 @@ fn a_client_uses_the_controller_and_the_next_one_finds_it_fresh() {
 #[test]
 fn an_unmap_waits_for_what_is_in_flight() {
     let server = nvme();
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     server.disk.hold(true);
     let at = BASE + 0x8000;
     let mut entry = [0; 64];
@@ -122,10 +118,7 @@ fn a_client_that_breaks_the_rules_costs_its_connection_alone() {
 fn a_memfd_that_shrinks_costs_the_connection_alone() {
     let server = nvme();
     for shrunk in [0, 0x2000] {
-        let mut client = server.client();
-        client.map();
-        client.enable();
-        client.create_queues();
+        let mut client = server.driver();
         // The submission queue of the I/O queue pair is at 2000h: nothing is there any more.
         client.memory.set_len(shrunk).unwrap();
         client.write(0x1008, 1);
@@ -133,10 +126,7 @@ fn a_memfd_that_shrinks_costs_the_connection_alone() {
         let end = client.socket.read_to_end(&mut rest);
         assert!(end.is_ok() || end.is_err_and(|it| it.kind() == ErrorKind::ConnectionReset));
     }
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     assert_eq!(client.transfer(0, 1), 0);
 }
 
@@ -144,10 +134,9 @@ fn a_memfd_that_shrinks_costs_the_connection_alone() {
 fn memory_without_a_descriptor_is_reached_by_messages() {
     let server = nvme();
     let mut client = server.client();
-    client.map_range(3, BASE, MEMORY, &[]).unwrap();
+    client.map_by_messages();
     assert_eq!(client.map_range(3, BASE + 4096, 4096, &[]), Err(17));
-    client.enable();
-    client.create_queues();
+    client.set_up();
     for round in 1..=3_u8 {
         let index = u64::from(round - 1) * 2;
         client.memory.write_all_at(&[round; 512], 0x8000).unwrap();
@@ -177,13 +166,8 @@ fn memory_without_a_descriptor_is_reached_by_messages() {
 #[test]
 fn memory_with_and_without_descriptors_beside_each_other() {
     let server = nvme();
-    let mut client = server.client();
-    let fd = client.memory.as_raw_fd();
     // The queues are mapped, the data is not; then it may only be read, then only be written.
-    client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
-    client.map_range(3, BASE + 0x8000, 0x1000, &[]).unwrap();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver_mixed();
     client.memory.write_all_at(&[7; 512], 0x8000).unwrap();
     assert_eq!(client.transfer(0, 1), 0);
     assert_eq!(client.accesses, [1, 0]);
@@ -203,12 +187,7 @@ fn memory_with_and_without_descriptors_beside_each_other() {
 #[test]
 fn a_read_that_the_client_refuses_is_an_error_of_that_command() {
     let server = nvme();
-    let mut client = server.client();
-    let fd = client.memory.as_raw_fd();
-    client.map_range(3, BASE, 0x8000, &[fd]).unwrap();
-    client.map_range(3, BASE + 0x8000, 0x1000, &[]).unwrap();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver_mixed();
     client.refused_below = u64::MAX;
     assert_eq!(client.transfer(0, 1) & 0xff, 4);
     client.refused_below = 0;
@@ -229,10 +208,7 @@ fn a_read_that_the_client_refuses_is_an_error_of_that_command() {
 #[test]
 fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
     let server = nvme();
-    let mut client = server.client();
-    client.map_range(3, BASE, MEMORY, &[]).unwrap();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver_by_messages();
     client.deaf = true;
     client.post(1, 0, &Client::io(1));
     client.write(0x1008, 1);
@@ -245,18 +221,14 @@ fn a_client_that_waits_for_us_and_does_not_answer_is_answered() {
     client.deaf = false;
     assert_eq!(client.read(0, 0x1c), 0);
     // And one that goes away in the middle.
-    client.enable();
-    client.create_queues();
+    client.set_up();
     client.post(1, 0, &Client::io(1));
     client.write(0x1008, 1);
     while !client.has_message() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
     drop(client);
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     assert_eq!(client.transfer(0, 1), 0);
 }
 
@@ -265,10 +237,7 @@ fn a_reset_and_an_unmap_are_answered_after_every_operation() {
     let server = nvme();
     for (round, opcode) in [(0, 1), (1, 2)] {
         for command in [13, 3] {
-            let mut client = server.client();
-            client.map();
-            client.enable();
-            client.create_queues();
+            let mut client = server.driver();
             server.disk.hold(true);
             for index in 0..4 {
                 client.post(1, index, &Client::io(opcode));
@@ -308,10 +277,7 @@ fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
     file.set_len(1 << 20).unwrap();
     let image = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
     let server = nvme_over(MockDisk::new(MockDiskConfig::default()), image);
-    let mut client = server.client();
-    client.map();
-    client.enable();
-    client.create_queues();
+    let mut client = server.driver();
     assert_eq!(client.transfer(0, 2), 0);
     // Block 3 is gone, then the whole file.
     file.set_len(1024).unwrap();

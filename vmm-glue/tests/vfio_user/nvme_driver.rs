@@ -7,6 +7,8 @@ use crate::client::{BASE, Client, MASTER};
 
 /// The driver of an NVMe controller.
 pub trait Nvme {
+    /// Enables the controller and creates an I/O queue pair.
+    fn set_up(&mut self);
     fn enable(&mut self);
     /// Disables the controller first.
     fn enable_again(&mut self);
@@ -21,6 +23,11 @@ pub trait Nvme {
 }
 
 impl Nvme for Client {
+    fn set_up(&mut self) {
+        self.enable();
+        self.create_queues();
+    }
+
     fn enable(&mut self) {
         self.set_command(MASTER);
         self.memory.write_all_at(&[0; 0x4000], 0).unwrap();

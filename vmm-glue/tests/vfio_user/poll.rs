@@ -177,8 +177,7 @@ fn values_that_are_none_do_nothing() {
     let mut client = server.client();
     client.map();
     let doorbells = Doorbells::of(&mut client);
-    client.enable();
-    client.create_queues();
+    client.set_up();
     for value in [16, 17, 0x8000_0000, u32::MAX, 5000] {
         for index in [1, 2, 3, 4, 5, 6, 1023] {
             doorbells.ring(index, value);
@@ -202,8 +201,7 @@ fn the_page_of_a_client_that_is_gone_rings_nothing() {
     let mut client = server.client();
     client.map();
     let new = Doorbells::of(&mut client);
-    client.enable();
-    client.create_queues();
+    client.set_up();
     client.post(1, 0, &Client::io(2));
     old.ring(2, 1);
     thread::sleep(Duration::from_millis(60));

@@ -19,7 +19,7 @@ use vmm_glue::{
     },
 };
 
-use crate::client::Client;
+use crate::{client::Client, nvme_driver::Nvme};
 
 pub struct Server<F> {
     pub disk: MockDisk,
@@ -63,6 +63,32 @@ impl<F> Server<F> {
 
     pub fn client(&self) -> Client {
         Client::connect(&self.path())
+    }
+}
+
+impl Server<NvmeFunction> {
+    /// A client whose memory is mapped, and that has set the controller up.
+    pub fn driver(&self) -> Client {
+        let mut client = self.client();
+        client.map();
+        client.set_up();
+        client
+    }
+
+    /// The same with all its memory reached by messages.
+    pub fn driver_by_messages(&self) -> Client {
+        let mut client = self.client();
+        client.map_by_messages();
+        client.set_up();
+        client
+    }
+
+    /// The same with queues that are mapped and data that is not.
+    pub fn driver_mixed(&self) -> Client {
+        let mut client = self.client();
+        client.map_mixed(0x8000);
+        client.set_up();
+        client
     }
 }
 
