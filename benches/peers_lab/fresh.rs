@@ -53,9 +53,14 @@ impl Side for FreshSide {
 }
 
 impl Lab {
-    /// Accesses of one slice on a fresh image: a quarter of it, so that each allocates.
-    fn fresh_count(work: Work) -> u64 {
-        (work.size / work.block.max(65536) / 2).min(8192)
+    /// Accesses of one slice on a fresh image: at most half of its clusters, so that each allocates, and
+    /// so many that there are at most 1024 flushes.
+    fn fresh_count(work: Work, pattern: Pattern) -> u64 {
+        let most = match pattern.flush_every {
+            0 => 8192,
+            every => (1024 * every).min(8192),
+        };
+        (work.size / work.block.max(65536) / 2).min(most)
     }
 
     fn fresh_image(&self, fresh: Fresh, name: &str) -> Result<Image> {
@@ -87,7 +92,7 @@ impl Lab {
                 let mut side = OnThread::start(move || {
                     Strided::new(&open(&path, format, work.direct)?, work, pattern)
                 })?;
-                side.ios(Self::fresh_count(work), 1)
+                side.ios(Self::fresh_count(work, pattern), 1)
             }),
         }))
     }
@@ -105,7 +110,8 @@ impl Lab {
         let mut best: Option<(f64, &str)> = None;
         let run = move |aio: &str| -> Result<QemuBench> {
             let opts = image_opts("qcow2", &image.path, aio, work.direct, L2_CACHE);
-            Ok(QemuBench::fresh(&program, opts, work, pattern)?.count(Self::fresh_count(work)))
+            Ok(QemuBench::fresh(&program, opts, work, pattern)?
+                .count(Self::fresh_count(work, pattern)))
         };
         for aio in AIO {
             if aio == "native" && !work.direct {

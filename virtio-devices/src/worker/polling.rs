@@ -16,6 +16,9 @@ use std::{
 /// The limit that a worker starts with.
 pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(32);
 
+/// The highest limit: nobody stops a worker while it looks.
+const HIGHEST: Duration = Duration::from_secs(1);
+
 /// The first while after sleeps that were short.
 const FIRST: Duration = Duration::from_micros(4);
 
@@ -48,7 +51,7 @@ impl Default for Polling {
 
 impl Polling {
     pub(super) fn set_limit(&mut self, limit: Duration) {
-        self.limit = limit;
+        self.limit = limit.min(HIGHEST);
         self.window = self.window.min(limit);
     }
 
@@ -118,6 +121,8 @@ mod tests {
         assert!(polling.goes_on());
         polling.until = Instant::now().checked_sub(micros(1));
         assert!(!polling.goes_on());
+        polling.set_limit(Duration::MAX);
+        assert_eq!(polling.limit, HIGHEST);
         polling.set_limit(Duration::ZERO);
         polling.restart();
         assert!(!polling.goes_on());
