@@ -1,10 +1,12 @@
 //! Moving bytes.
 
-use std::sync::Arc;
+use std::{os::fd::AsRawFd, sync::Arc};
 
 use block::{
     ErrorKind,
-    io::{AlignedBuf, EngineKind, FallocateMode, FileOptions, Host, HostOp, OsHost, Segment},
+    io::{
+        AlignedBuf, Buffers, EngineKind, FallocateMode, FileOptions, Host, HostOp, OsHost, Segment,
+    },
 };
 
 use crate::rig::*;
@@ -27,6 +29,51 @@ fn reads_what_was_written() {
             rig.name
         );
         assert_eq!(file.len().unwrap(), 32768);
+    }
+}
+
+/// A page-cached read that is alone may be done beside the engine's ring: from memory or, after a try, from
+/// the disk; with one that follows it goes the usual way.
+#[test]
+fn a_read_that_is_alone_finds_its_data() {
+    for rig in rigs() {
+        let file = rig.file();
+        let mut engine = rig.engine(8);
+        let id = engine.register(&file);
+        let data = pattern(2 * BLOCK, 7);
+        assert_eq!(engine.write(id, 0, &data, true), 8192, "{}", rig.name);
+        for cold in [false, true, true, true, false, true] {
+            if cold && !engine.engine.is_simulated() {
+                let file = std::fs::File::open(rig.path()).unwrap();
+                let advice = libc::POSIX_FADV_DONTNEED;
+                // SAFETY: the call takes a descriptor and numbers.
+                let dropped = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) };
+                assert_eq!(dropped, 0);
+            }
+            let read = engine.read(id, 4096, BLOCK).unwrap();
+            assert_eq!(read, data[BLOCK..], "{}", rig.name);
+        }
+        let buffers = [(); 2].map(|()| Buffers::owned(AlignedBuf::zeroed(BLOCK)));
+        let tokens = [0, 1].map(|at| {
+            let (token, _) = engine.start(HostOp::Read {
+                file: id,
+                offset: 4096 * at as u64,
+                segments: buffers[at].segments(),
+            });
+            token
+        });
+        for (token, (at, buffers)) in tokens.into_iter().zip((0..).zip(&buffers)) {
+            assert_eq!(engine.finish(token), 4096, "{}", rig.name);
+            let read = buffers.as_owned().unwrap();
+            assert_eq!(read[..], data[at * BLOCK..][..BLOCK], "{}", rig.name);
+        }
+        // Dropped with a read that nobody handed over.
+        engine.start(HostOp::Read {
+            file: id,
+            offset: 0,
+            segments: buffers[0].segments(),
+        });
+        drop(engine);
     }
 }
 
