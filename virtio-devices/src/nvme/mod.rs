@@ -19,6 +19,7 @@ mod config;
 mod controller;
 mod copy;
 mod core;
+mod counted;
 mod data;
 mod doorbell;
 pub mod driver;
