@@ -134,9 +134,7 @@ impl Driver {
     /// the driver. From the first call on, completions are signalled to it.
     pub(crate) fn notifier(&self) -> BorrowedFd<'_> {
         if !self.notifying.replace(true) {
-            // What was held back for `wait` might never see one. The engine may hold back more than
-            // this driver knows of.
-            self.unsubmitted.set(true);
+            // What was held back for `wait` might never see one.
             self.submit();
             let engine = self.engine.borrow();
             let _ = engine.notifier();

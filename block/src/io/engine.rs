@@ -166,7 +166,7 @@ pub trait Engine {
     fn reap(&mut self, out: &mut Vec<(Token, i32)>);
 
     /// Blocks until an operation may have finished, [`notifier`](Self::notifier) was written, or
-    /// `timeout` has passed. Submits what is held back first; new watches alone only before it blocks.
+    /// `timeout` has passed. Submits what is held back first.
     ///
     /// # Errors
     /// The host's error.

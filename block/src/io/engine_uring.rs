@@ -115,7 +115,7 @@ pub struct UringEngine {
     /// For writes that the ring cannot try; started with the first file that has such.
     writer: Option<Writer>,
     lone: LoneReads,
-    /// Operations in the submission queue, but for watches, which can wait.
+    /// Operations in the submission queue, but for watches: a read may be held when there is none.
     batch: usize,
     /// What was done beside the ring, on its way to the caller.
     beside: Vec<(u32, i32)>,
@@ -478,11 +478,10 @@ impl Engine for UringEngine {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.submit_beside();
-        let batch = std::mem::take(&mut self.batch);
         if self.completions_at_hand() {
-            // New watches can wait for the next one.
-            return if batch > 0 { self.submit() } else { Ok(()) };
+            return self.submit();
         }
+        self.batch = 0;
         if !self.options.spin.is_zero() {
             self.submit()?;
             if self.spin(timeout) {
