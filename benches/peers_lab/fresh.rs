@@ -54,11 +54,11 @@ impl Side for FreshSide {
 
 impl Lab {
     /// Accesses of one slice on a fresh image: at most half of its clusters, so that each allocates, and
-    /// so many that there are at most 1024 flushes.
+    /// so many that there are at most 256 flushes.
     fn fresh_count(work: Work, pattern: Pattern) -> u64 {
         let most = match pattern.flush_every {
             0 => 8192,
-            every => (1024 * every).min(8192),
+            every => (256 * every).min(4096),
         };
         (work.size / work.block.max(65536) / 2).min(most)
     }

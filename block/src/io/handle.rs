@@ -98,13 +98,16 @@ impl Io {
         self.with_file(file, |file| file.entry.file.len())?
     }
 
-    /// Whether writes bypass the page cache of a file that can grow.
-    pub(crate) fn writes_directly(&self, file: FileId) -> bool {
-        self.with_file(file, |file| {
-            let file = &file.entry.file;
-            !file.alignment().is_none() && !file.is_block_device()
-        })
-        .unwrap_or(false)
+    /// Whether reads and writes bypass the page cache.
+    pub(crate) fn is_direct(&self, file: FileId) -> bool {
+        self.with_file(file, |file| file.entry.file.is_direct())
+            .unwrap_or(false)
+    }
+
+    /// Whether a file can become longer.
+    pub(crate) fn can_grow(&self, file: FileId) -> bool {
+        self.with_file(file, |file| !file.entry.file.is_block_device())
+            .unwrap_or(false)
     }
 
     /// The path of a file.

@@ -4,6 +4,11 @@
 //! The ring would hand each such write to a worker of the kernel: a wake-up, a lock and a cold cache
 //! for every 4 KiB. This thread takes all writes of a batch at once and does them one after the
 //! other, as the lock of the inode would have it anyway, and tells of several with one wake-up.
+//!
+//! A short write that is alone, with nothing else in flight, is done at once by the thread that has
+//! it: handing it over costs two wake-ups, and there is nothing it could hold up but what comes
+//! meanwhile. When one took long, because the kernel makes writers wait for the disk, the next ones go to
+//! the thread.
 
 use std::{
     io,
@@ -13,6 +18,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -23,6 +29,15 @@ use super::{
 /// Writes that may end before their engine is told. A write seldom waits, so this is some
 /// microseconds; but one that does wait holds up the news of as many others.
 const TOLD_TOGETHER: usize = 8;
+
+/// The longest write that is done at once, in bytes.
+const LONE_BYTES: usize = 64 << 10;
+
+/// What a write that is done at once should take at most.
+const LONE_TIME: Duration = Duration::from_micros(250);
+
+/// The most writes that go to the thread after one that took longer.
+const MAX_SKIP: u32 = 63;
 
 /// A write.
 #[derive(Debug)]
@@ -39,6 +54,12 @@ pub(super) struct Write {
 unsafe impl Send for Write {}
 
 impl Write {
+    fn len(&self) -> usize {
+        // SAFETY: they are kept until the result was taken.
+        let segments = unsafe { &*self.segments };
+        segments.iter().map(Segment::len).sum()
+    }
+
     fn perform(&self) -> i32 {
         // SAFETY: they are kept until the result was taken, which `perform` makes.
         let segments = unsafe { &*self.segments };
@@ -115,7 +136,33 @@ impl Shared {
 pub(super) struct Writer {
     shared: Arc<Shared>,
     held: Vec<Write>,
+    pace: Pace,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Whether writes are done at once: not for a while after one that took long.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Writes to be left to the thread, and how many they were the last time.
+    skip: u32,
+    skipped: u32,
+}
+
+impl Pace {
+    fn allows(&mut self) -> bool {
+        let skip = self.skip > 0;
+        self.skip = self.skip.saturating_sub(1);
+        !skip
+    }
+
+    fn took(&mut self, time: Duration) {
+        if time <= LONE_TIME {
+            self.skipped = 0;
+            return;
+        }
+        self.skipped = (2 * self.skipped + 1).min(MAX_SKIP);
+        self.skip = self.skipped;
+    }
 }
 
 impl Writer {
@@ -139,6 +186,7 @@ impl Writer {
         Ok(Self {
             shared,
             held: Vec::with_capacity(depth),
+            pace: Pace::default(),
             thread: Some(thread),
         })
     }
@@ -149,6 +197,24 @@ impl Writer {
     /// The segments, and the memory behind them, stay valid until the result was taken.
     pub(super) unsafe fn start(&mut self, write: Write) {
         self.held.push(write);
+    }
+
+    /// Does the batch at once, if it is one short write; `alone` if nothing else is in flight. Whether
+    /// it did: there is a result then.
+    pub(super) fn try_lone(&mut self, alone: bool) -> bool {
+        let [write] = self.held.as_slice() else {
+            return false;
+        };
+        if !alone || write.len() > LONE_BYTES || !self.pace.allows() {
+            return false;
+        }
+        let start = Instant::now();
+        let result = (write.slot, write.perform());
+        self.pace.took(start.elapsed());
+        self.held.clear();
+        lock(&self.shared.results).push(result);
+        self.shared.told.store(true, Ordering::Release);
+        true
     }
 
     /// Hands the batch over.
@@ -187,5 +253,24 @@ impl Drop for Writer {
             // A panic of it was reported already.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_slow_writes_the_thread_gets_more() {
+        let mut pace = Pace::default();
+        let slow = |pace: &mut Pace| {
+            pace.took(LONE_TIME + Duration::from_nanos(1));
+            (0..1000).take_while(|_| !pace.allows()).count()
+        };
+        let skipped: Vec<usize> = (0..8).map(|_| slow(&mut pace)).collect();
+        assert_eq!(skipped, [1, 3, 7, 15, 31, 63, 63, 63]);
+        pace.took(LONE_TIME);
+        assert!(pace.allows());
+        assert_eq!(slow(&mut pace), 1);
     }
 }

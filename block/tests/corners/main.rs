@@ -4,6 +4,7 @@
 
 mod allocation;
 mod faults;
+mod growth;
 mod queues;
 mod resizes;
 mod snapshots;

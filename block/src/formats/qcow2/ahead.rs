@@ -4,8 +4,12 @@
 //! writes wait for each other, on threads of the kernel. Space that was allocated before is written
 //! like any other. So an allocation that comes near the end of the file gives it a piece more, and
 //! closing the image cuts off what was not used. A crash leaves the piece: clusters that are free.
+//!
+//! A flush that leaves out a sync ([`flush`](super::flush)) needs the same: a table may name a cluster
+//! before its data is durable only if the file reaches that far whatever happens. So a file that is written
+//! through the page cache gets its pieces once it is flushed often.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use super::{Qcow2, refcount::Run};
 use crate::{
@@ -13,41 +17,79 @@ use crate::{
     io::{FallocateMode, Io},
 };
 
-/// The least and the most bytes that a file gets at once; in between it is an eighth of the file.
+/// The least and the most bytes that a file gets at once; in between it is an eighth of the file, or all
+/// that it got so far: while the file system allocates, nothing else is written.
 const LEAST: u64 = 1 << 20;
 const MOST: u64 = 64 << 20;
+
+/// Flushes after which a file counts as flushed often.
+const FLUSHED_OFTEN: u32 = 8;
 
 /// How far the file reaches.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    /// Direct I/O to a regular file, that the host has not refused to allocate.
+    /// The host has not refused to allocate space in the file.
+    possible: AtomicBool,
+    /// Pieces are of use: the file is written past the page cache, or flushed often.
     wanted: AtomicBool,
+    /// Flushes so far that wrote tables.
+    flushes: AtomicU32,
     /// The end of what the file has.
     end: AtomicU64,
+    /// The end that a sync has made durable.
+    durable_end: AtomicU64,
     /// A task is giving it more.
     growing: AtomicBool,
-    /// It got more than it had.
-    grown: AtomicBool,
+    /// Bytes that it got so far.
+    grown: AtomicU64,
 }
 
 impl Ahead {
-    /// `wanted`: whether the file is written past the page cache, and can grow.
-    pub(super) fn new(wanted: bool, file_len: u64) -> Self {
+    /// `possible`: whether the file is one that can grow; `direct`: whether it is written past the page
+    /// cache.
+    pub(super) fn new(possible: bool, direct: bool, file_len: u64) -> Self {
         Self {
-            wanted: AtomicBool::new(wanted),
+            possible: AtomicBool::new(possible),
+            wanted: AtomicBool::new(direct),
+            flushes: AtomicU32::new(0),
+            durable_end: AtomicU64::new(0),
             end: AtomicU64::new(file_len),
             growing: AtomicBool::new(false),
-            grown: AtomicBool::new(false),
+            grown: AtomicU64::new(0),
         }
+    }
+
+    /// A flush writes tables.
+    pub(super) fn flushed(&self) {
+        if self.flushes.fetch_add(1, Ordering::Relaxed) >= FLUSHED_OFTEN {
+            self.wanted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The end of what the file has, to be [durable](Self::synced) after a sync that follows.
+    pub(super) fn end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// The file was synced after it had this end.
+    pub(super) fn synced(&self, end: u64) {
+        self.durable_end.fetch_max(end, Ordering::AcqRel);
+    }
+
+    /// Whether the file reaches up to `end` whatever happens.
+    pub(super) fn is_durable(&self, end: u64) -> bool {
+        end <= self.durable_end.load(Ordering::Acquire)
     }
 
     /// Where a piece goes and its length, if clusters up to `used` leave too little. The caller calls
     /// [`done`](Self::done).
     fn next(&self, used: u64) -> Option<(u64, u64)> {
         let end = self.end.load(Ordering::Acquire);
-        let step = (used / 8).clamp(LEAST, MOST);
+        let grown = self.grown.load(Ordering::Relaxed);
+        let step = (used / 8).max(grown).clamp(LEAST, MOST);
         if used.saturating_add(step / 2) <= end
             || !self.wanted.load(Ordering::Relaxed)
+            || !self.possible.load(Ordering::Relaxed)
             || self.growing.swap(true, Ordering::AcqRel)
         {
             return None;
@@ -57,13 +99,14 @@ impl Ahead {
         Some((start, step))
     }
 
-    fn done(&self, end: Option<u64>) {
-        match end {
-            Some(end) => {
+    /// The piece is there, with its end and length, or the file cannot have it.
+    fn done(&self, piece: Option<(u64, u64)>) {
+        match piece {
+            Some((end, len)) => {
                 self.end.fetch_max(end, Ordering::AcqRel);
-                self.grown.store(true, Ordering::Release);
+                self.grown.fetch_add(len, Ordering::AcqRel);
             }
-            None => self.wanted.store(false, Ordering::Relaxed),
+            None => self.possible.store(false, Ordering::Relaxed),
         }
         self.growing.store(false, Ordering::Release);
     }
@@ -72,12 +115,12 @@ impl Ahead {
 /// Ends the growing, whatever becomes of the task.
 struct Growing<'a> {
     ahead: &'a Ahead,
-    end: Option<u64>,
+    piece: Option<(u64, u64)>,
 }
 
 impl Drop for Growing<'_> {
     fn drop(&mut self) {
-        self.ahead.done(self.end);
+        self.ahead.done(self.piece);
     }
 }
 
@@ -90,11 +133,11 @@ impl Qcow2 {
         };
         let mut growing = Growing {
             ahead: &self.ahead,
-            end: None,
+            piece: None,
         };
         let mode = FallocateMode::Allocate;
         match io.fallocate(self.file, mode, start, len).await {
-            Ok(()) => growing.end = Some(start + len),
+            Ok(()) => growing.piece = Some((start + len, len)),
             // Writes go on without; where space is short they say so themselves.
             Err(error) => tracing::debug!(%error, "no space allocated ahead"),
         }
@@ -102,7 +145,7 @@ impl Qcow2 {
 
     /// Cuts off what was allocated ahead and not used. Nothing is written any more.
     pub(super) async fn end_growing(&self, io: &Io) -> Result<()> {
-        if !self.ahead.grown.load(Ordering::Acquire) {
+        if self.ahead.grown.load(Ordering::Acquire) == 0 {
             return Ok(());
         }
         let used = self.refcounts.written_end();
@@ -119,16 +162,31 @@ mod tests {
 
     #[test]
     fn pieces_follow_each_other_and_grow_with_the_file() {
-        let ahead = Ahead::new(true, 1 << 20);
+        let ahead = Ahead::new(true, true, 1 << 20);
         assert_eq!(ahead.next(1 << 16), None, "there is room");
         assert_eq!(ahead.next(1 << 20), Some((1 << 20, LEAST)));
         assert_eq!(ahead.next(1 << 20), None, "a task is at it");
-        ahead.done(Some(2 << 20));
+        ahead.done(Some((2 << 20, LEAST)));
         assert_eq!(ahead.next(1 << 20), None);
+        assert_eq!(ahead.next(2 << 20), Some((2 << 20, 1 << 20)));
+        ahead.done(Some((3 << 20, 1 << 20)));
+        assert_eq!(
+            ahead.next(3 << 20),
+            Some((3 << 20, 2 << 20)),
+            "as much as all so far"
+        );
+        ahead.done(Some((5 << 20, 2 << 20)));
         assert_eq!(ahead.next(80 << 20), Some((80 << 20, 10 << 20)));
         ahead.done(None);
         assert_eq!(ahead.next(1 << 40), None, "the host refused");
-        assert_eq!(Ahead::new(false, 0).next(1 << 20), None);
-        assert_eq!(Ahead::new(true, 0).next(1 << 40), Some((1 << 40, MOST)));
+        assert_eq!(Ahead::new(false, true, 0).next(1 << 20), None);
+        assert_eq!(
+            Ahead::new(true, true, 0).next(1 << 40),
+            Some((1 << 40, MOST))
+        );
+        let cached = Ahead::new(true, false, 0);
+        assert_eq!(cached.next(1 << 20), None);
+        (0..=FLUSHED_OFTEN).for_each(|_| cached.flushed());
+        assert_eq!(cached.next(1 << 20), Some((1 << 20, LEAST)));
     }
 }

@@ -73,6 +73,18 @@ impl Qcow2 {
         cluster: u64,
         entry: L2Entry,
     ) {
+        self.pending.rely();
+        self.put_l2_entry(slice, change, cluster, entry);
+    }
+
+    /// Changes a cluster's entry to one that may reach the disk before anything else does.
+    pub(super) fn put_l2_entry(
+        &self,
+        slice: &Arc<TableSlice>,
+        change: &SliceChange<'_>,
+        cluster: u64,
+        entry: L2Entry,
+    ) {
         let index = self.geometry.in_slice(cluster);
         let became_dirty = if self.geometry.extended {
             change.set_pair(2 * index, (entry.word, entry.bitmap))

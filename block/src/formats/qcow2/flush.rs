@@ -12,7 +12,11 @@
 //! 5. stamps the freed clusters: no mapping on the disk names them any more. Once every request
 //!    that may still touch them has ended they are punched, if asked, and lose their reference.
 //!
-//! With no dirty table that is one sync, otherwise two.
+//! With no dirty table that is one sync, otherwise two. But the sync of step 3 is left out, and that
+//! of step 4 covers everything, where the tables rely on nothing that is not durable: no count changed
+//! (they are [made ahead](super::refcount)), and all that was linked is clusters in the place of
+//! zeroes that were never written, of a part of the file that is durably there. If power fails before
+//! their data is durable they read as zeroes, as before.
 
 use std::{
     collections::VecDeque,
@@ -72,6 +76,8 @@ pub(super) struct Pending {
     /// Freed clusters whose mappings are gone from the disk, by stamp.
     limbo: Mutex<VecDeque<(u64, Freed)>>,
     l1: AtomicU8,
+    /// No table was changed, since the last flush looked, in a way that relies on what is not durable.
+    independent: AtomicBool,
     /// Everything that was in the file when it was opened is durable. Before the first sync it need
     /// not be: another process may have been killed with writes on their way.
     synced: AtomicBool,
@@ -81,6 +87,12 @@ impl Pending {
     /// A slice became dirty.
     pub(super) fn add_dirty(&self, slice: &Arc<TableSlice>) {
         lock(&self.dirty).push(Arc::clone(slice));
+    }
+
+    /// A table is being changed, and what it says relies on what the next sync makes durable. The
+    /// caller holds the slice.
+    pub(super) fn rely(&self) {
+        self.independent.store(false, Ordering::Release);
     }
 
     /// A slice of the L1 table became dirty, or changed again.
@@ -152,6 +164,7 @@ impl Qcow2 {
         place: usize,
         value: u64,
     ) {
+        self.pending.rely();
         if change.set(place, value) {
             self.pending.add_dirty(slice);
         }
@@ -179,6 +192,7 @@ impl Drop for Taken<'_> {
         }
         lock(&pending.freed).append(&mut self.freed);
         pending.l1_changed();
+        pending.rely();
         self.image.refcounts.write_failed();
     }
 }
@@ -216,18 +230,28 @@ impl Qcow2 {
         for (offset, _) in &copies {
             self.check_slice(*offset)?;
         }
-        if !self.counts_wait() {
+        // After the copies: what they rely on and was not durable by now is in the sync.
+        let mut relies = !self.pending.independent.swap(true, Ordering::AcqRel);
+        if !self.counts_wait() && self.refcounts.is_dirty() {
             self.write_refcounts(io).await?;
+            relies = true;
         }
-        self.sync_files(io).await?;
-        self.pending.synced.store(true, Ordering::Release);
+        let reaches = self.ahead.end();
+        if relies || copies.is_empty() || self.data_file != self.file {
+            self.sync_files(io).await?;
+            self.pending.synced.store(true, Ordering::Release);
+        }
         if !copies.is_empty() {
+            if !io.never_syncs() {
+                self.ahead.flushed();
+            }
             if self.pending.l1.load(Ordering::Acquire) == l1_state::WRITING {
                 io.event(self.file, Event::L1Update).await;
             }
             io.event(self.file, Event::L2Update).await;
             write_pieces(io, self.file, copies).await?;
             io.sync(self.file).await?;
+            self.ahead.synced(reaches);
         }
         for slice in &taken.slices {
             slice.written();
@@ -344,6 +368,7 @@ impl Qcow2 {
 
     /// Flushes until nothing is left to do. The disk is drained.
     pub(super) async fn settle(&self, io: &Io) -> Result<()> {
+        self.refcounts.end_reserving(io).await?;
         loop {
             self.flush_all(io).await?;
             if self.refcounts.is_dirty() {
@@ -365,6 +390,7 @@ impl Qcow2 {
         self.refcounts.end_packing();
         self.settle(io).await?;
         self.store_bitmaps(io).await?;
+        self.refcounts.end_reserving(io).await?;
         if self.refcounts.is_dirty() {
             self.write_refcounts(io).await?;
             io.sync(self.file).await?;

@@ -191,7 +191,11 @@ impl Qcow2 {
             discard_no_unref: options.discard_no_unref,
             pass_discards: options.pass_discards,
             marks: Marks::new(&header, options.lazy_refcounts),
-            ahead: Ahead::new(options.writable && io.writes_directly(file), file_len),
+            ahead: Ahead::new(
+                options.writable && io.can_grow(file),
+                io.is_direct(file),
+                file_len,
+            ),
             overlap: Overlap::new(options.overlap_checks),
             overlap_claim: Claims::default(),
             writable: options.writable,

@@ -4,12 +4,15 @@
 //! blocks are read when they are needed and written by a flush, before the tables that rely on them.
 
 mod growth;
+mod reserve;
 mod width;
 
 use std::{collections::BTreeMap, sync::Mutex};
 
 use super::l2::{Geometry, hex};
 use crate::{Error, ErrorKind, FileId, Result, io::Io, sync::lock};
+
+use reserve::Reserve;
 
 pub(super) use width::{read_count, write_count};
 
@@ -78,6 +81,7 @@ struct State {
     virgin: u64,
     /// The host cluster that compressed data is being packed into, and the next free byte of it.
     packing: u64,
+    reserve: Reserve,
 }
 
 /// The reference counts of an image.
@@ -145,6 +149,7 @@ impl Refcounts {
                 cursor: 0,
                 virgin: file_len.div_ceil(geometry.cluster_size()),
                 packing: 0,
+                reserve: Reserve::default(),
             }),
         }
     }
@@ -311,6 +316,12 @@ impl Refcounts {
         let mut first = cluster;
         let mut count = 0;
         while count < wanted {
+            if scattered && state.reserve.starts_at(cluster) {
+                if count == 0 {
+                    return Ok(Self::take_reserved(state, wanted));
+                }
+                break;
+            }
             if cluster >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
                 return Err(Error::with_message(
                     ErrorKind::NoSpace,
@@ -342,16 +353,25 @@ impl Refcounts {
         for cluster in first..first + count {
             self.set_count(state, cluster, 1)?;
         }
+        let run = Self::give_out(state, first, count);
         if scattered {
             state.cursor = state.cursor.max(first + count);
+            if run.virgin {
+                self.reserve_behind(state, run);
+            }
         }
+        Ok(run)
+    }
+
+    /// Clusters that are counted become those of a run.
+    fn give_out(state: &mut State, first: u64, count: u64) -> Run {
         let virgin = first >= state.virgin;
         state.virgin = state.virgin.max(first + count);
-        Ok(Run {
+        Run {
             first,
             count,
             virgin,
-        })
+        }
     }
 
     /// Refuses a cluster that is counted as free but holds what the image cannot do without: guest

@@ -21,8 +21,8 @@ const MAX_PREPARED: u64 = 4 << 20;
 /// Where the clusters of a prepared write come from.
 #[derive(Clone, Copy, Debug)]
 enum Target {
-    /// New clusters: given back if the write is not committed.
-    New { first: u64 },
+    /// New clusters: given back if the write is not committed. Virgin ones were never written.
+    New { first: u64, virgin: bool },
     /// The clusters that the guest clusters have already: kept for zeroes, or with some subclusters
     /// in use.
     Kept { first: u64 },
@@ -33,7 +33,9 @@ enum Target {
 impl Target {
     fn first(self) -> u64 {
         match self {
-            Target::New { first } | Target::Kept { first } | Target::DataFile { first } => first,
+            Target::New { first, .. } | Target::Kept { first } | Target::DataFile { first } => {
+                first
+            }
         }
     }
 }
@@ -77,7 +79,7 @@ impl Commit for Allocation<'_> {
 
 impl Drop for Allocation<'_> {
     fn drop(&mut self) {
-        if let (false, Target::New { first }) = (self.committed, self.target) {
+        if let (false, Target::New { first, .. }) = (self.committed, self.target) {
             // No mapping ever named them. They lose their reference with the next flush.
             self.image
                 .pending
@@ -111,7 +113,7 @@ impl Qcow2 {
                 return Ok(None);
             }
         }
-        let (target, count, virgin) = self.find_target(io, &slice, first, end).await?;
+        let (target, count) = self.find_target(io, &slice, first, end).await?;
         let mut allocation = Allocation {
             image: self,
             cluster: first,
@@ -148,8 +150,7 @@ impl Qcow2 {
         let before = GuestRange::new(part.start.0 - head, head);
         let fill_zero = self.reads_zero(entry, before)
             && self.reads_zero(last_entry, GuestRange::new(part.end(), tail));
-        // The file has zeroes already where nothing was ever written; encrypted zeroes it has not.
-        let (head, tail) = if fill_zero && virgin && self.crypt.encryption.is_none() {
+        let (head, tail) = if fill_zero && self.is_zero_already(target) {
             (0, 0)
         } else {
             (head, tail)
@@ -166,15 +167,21 @@ impl Qcow2 {
         }))
     }
 
-    /// Finds host clusters for guest clusters from `first` on, up to `end`: how many, and whether the
-    /// file has zeroes there.
+    /// Whether the disk would read zeroes from the new place of a cluster, if nothing were written there:
+    /// the file has zeroes where nothing was ever written, but no encrypted ones.
+    fn is_zero_already(&self, target: Target) -> bool {
+        let virgin = matches!(target, Target::New { virgin: true, .. });
+        virgin && self.crypt.encryption.is_none()
+    }
+
+    /// Finds host clusters for guest clusters from `first` on, up to `end`: which, and how many.
     async fn find_target(
         &self,
         io: &Io,
         slice: &WritePin,
         first: u64,
         end: u64,
-    ) -> Result<(Target, u64, bool)> {
+    ) -> Result<(Target, u64)> {
         let mut count = 1;
         if let Some(host) = self.read_entry(slice, first)?.own_host() {
             while first + count < end {
@@ -192,16 +199,20 @@ impl Qcow2 {
             if !self.geometry.data_file {
                 self.check_new(first, count)?;
             }
-            return Ok((Target::Kept { first }, count, false));
+            return Ok((Target::Kept { first }, count));
         }
         while first + count < end && self.read_entry(slice, first + count)?.own_host().is_none() {
             count += 1;
         }
         if self.geometry.data_file {
-            return Ok((Target::DataFile { first }, count, false));
+            return Ok((Target::DataFile { first }, count));
         }
         let run = self.allocate(io, "data cluster", count, false).await?;
-        Ok((Target::New { first: run.first }, run.count, run.virgin))
+        let target = Target::New {
+            first: run.first,
+            virgin: run.virgin,
+        };
+        Ok((target, run.count))
     }
 
     /// A run for clusters that stay where they are, without a last unit that it fills in part and that
@@ -266,6 +277,9 @@ impl Qcow2 {
     fn link(&self, allocation: &Allocation<'_>) -> Result<()> {
         let change = allocation.slice.change();
         let kept = matches!(allocation.target, Target::Kept { .. });
+        let host_end = allocation.target.first() + allocation.count;
+        let zero_anyway = self.is_zero_already(allocation.target)
+            && self.ahead.is_durable(self.geometry.start(host_end));
         for index in 0..allocation.count {
             let cluster = allocation.cluster + index;
             let (_, before) = self.read_change(&change, cluster)?;
@@ -276,6 +290,11 @@ impl Qcow2 {
             if index + 1 == allocation.count {
                 written.0 &= allocation.ends.1.0;
             }
+            let whole = GuestRange::new(self.geometry.start(cluster), self.geometry.cluster_size());
+            // If power fails with the entry on the disk and the data not, the cluster reads as before.
+            if !zero_anyway || !self.reads_zero(before, whole) {
+                self.pending.rely();
+            }
             let (data, zero) = before.units(&self.geometry);
             let host = self.geometry.start(allocation.target.first() + index);
             let after = L2Entry::of_units(
@@ -284,7 +303,7 @@ impl Qcow2 {
                 Units(zero.0 & !written.0),
                 &self.geometry,
             );
-            self.set_l2_entry(&allocation.slice, &change, cluster, after);
+            self.put_l2_entry(&allocation.slice, &change, cluster, after);
             if !kept {
                 self.unlink(before, Punch::No);
             }

@@ -22,7 +22,13 @@ impl UringEngine {
     /// Hands over what does not go through the ring.
     pub(super) fn submit_beside(&mut self) {
         if let Some(writer) = &mut self.writer {
-            writer.submit();
+            if writer.try_lone(self.unfinished == 1) {
+                if self.announced.get() {
+                    self.notifier.signal();
+                }
+            } else {
+                writer.submit();
+            }
         }
         if let Some(read) = self.lone.try_held() {
             self.push_lone(&read);
