@@ -36,11 +36,12 @@ EXAMPLES
 
 A disk is IMAGE and options: format=FMT, port=N, readonly=on, lba=512|4096, physical=BYTES, serial=TEXT (at most 20
 characters), wwn=HEX (16 digits), model=TEXT (40), firmware=TEXT (8), cache=on|off (the volatile write cache that the
-guest sees), sidecar=PATH. The sidecar is a file of its own that remembers passwords and a sanitize operation that runs:
-with it the guest can lock the disk (ATA Security) and erase it (SECURITY ERASE UNIT, SANITIZE DEVICE). It is for raw and
-LUKS images, which are really overwritten. An optical drive is an ISO image, or 'empty', and port=N, serial=, model=, firmware=. Drives without port=
-take the free ports in the order disks, optical drives. With --control a medium is changed by
-'platter ctl PATH insert port=1 image=second.iso', and 'platter ctl PATH help' lists the rest. Serial number and WWN of a disk are made of its path otherwise.")]
+guest sees), sidecar=PATH. Serial number and WWN are made of its path otherwise. The sidecar is a file of its own that
+remembers passwords and a sanitize operation that runs: with it the guest can lock the disk (ATA Security) and erase it
+(SECURITY ERASE UNIT, SANITIZE DEVICE). It is for raw and LUKS images, which are really overwritten.
+An optical drive is an ISO image, or 'empty', and port=N, serial=, model=, firmware=. Drives without port= take the free
+ports in the order disks, optical drives. With --control a medium is changed by
+'platter ctl PATH insert port=1 image=second.iso', and 'platter ctl PATH help' lists the rest.")]
 pub(crate) struct AhciArgs {
     /// The socket to listen on
     #[arg(long, value_name = "PATH")]

@@ -87,7 +87,8 @@ impl AtaDisk {
             protection.change(|now| now.prepared = false);
         }
         let state = protection.state();
-        !(state.is_sanitizing() && !sanitize::is_allowed_meanwhile(task))
-            && !(state.now.locked && security::is_refused_when_locked(task))
+        let sanitizes = state.is_sanitizing() && !sanitize::is_allowed_meanwhile(task);
+        let locked = state.now.locked && security::is_refused_when_locked(task);
+        !sanitizes && !locked
     }
 }

@@ -85,7 +85,7 @@ impl AtaDisk {
         match address {
             DIRECTORY | NCQ_ERROR | PHY_EVENTS | NCQ_SEND_RECEIVE => 1,
             STATISTICS => 8,
-            IDENTIFY_DATA => 7,
+            IDENTIFY_DATA => 6 + u16::from(self.protection.is_some()),
             0x80..=0x9f => HOST_PAGES,
             _ => 0,
         }

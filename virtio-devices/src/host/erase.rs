@@ -138,7 +138,7 @@ mod tests {
         let disk = disk();
         let stop = std::cell::Cell::new(false);
         let done = erase(&disk, Action::BlockErase, &|| stop.get(), &mut |_| {
-            stop.set(true)
+            stop.set(true);
         });
         assert!(!done.unwrap());
         assert_eq!(disk.contents()[CHUNK], 7);

@@ -106,7 +106,8 @@ fn nothing_is_offered_without_a_sidecar_or_where_copies_stay() {
             assert_eq!(word(&mut machine, at) & mask, 0, "word {at}");
         }
         assert_eq!(log(&mut machine, 0, 1) & 0xff, 4, "no security page");
-        assert_eq!(log(&mut machine, 6, 1), 0);
+        let page = command(opcode::READ_LOG_EXT, 0x630, 1);
+        read(&mut machine, page, 512).failed(ABRT);
         for code in [0xb4, 0xf1, 0xf2, 0xf3, 0xf4, 0xf5, 0xf6] {
             plain(&mut machine, task(code)).failed(ABRT);
         }
