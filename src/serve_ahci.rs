@@ -36,14 +36,17 @@ EXAMPLES
 
 A disk is IMAGE and options: format=FMT, port=N, readonly=on, lba=512|4096, physical=BYTES, serial=TEXT (at most 20
 characters), wwn=HEX (16 digits), model=TEXT (40), firmware=TEXT (8), cache=on|off (the volatile write cache that the
-guest sees). An optical drive is an ISO image, or 'empty', and port=N, serial=, model=, firmware=. Drives without port=
-take the free ports in the order disks, optical drives. With --control a medium is changed by
-'platter ctl PATH insert port=1 image=second.iso', and 'platter ctl PATH help' lists the rest. Serial number and WWN of a disk are made of its path otherwise.")]
+guest sees), sidecar=PATH. Serial number and WWN are made of its path otherwise. The sidecar is a file of its own that
+remembers passwords and a sanitize operation that runs: with it the guest can lock the disk (ATA Security) and erase it
+(SECURITY ERASE UNIT, SANITIZE DEVICE). It is for raw and LUKS images, which are really overwritten.
+An optical drive is an ISO image, or 'empty', and port=N, serial=, model=, firmware=. Drives without port= take the free
+ports in the order disks, optical drives. With --control a medium is changed by
+'platter ctl PATH insert port=1 image=second.iso', and 'platter ctl PATH help' lists the rest.")]
 pub(crate) struct AhciArgs {
     /// The socket to listen on
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// A disk: an image, with ,format=FMT ,serial=TEXT ,wwn=HEX ,model=TEXT and so on as wanted
+    /// A disk: an image, with ,format=FMT ,serial=TEXT ,wwn=HEX ,sidecar=PATH and so on as wanted
     #[arg(long, value_name = "IMAGE[,…]")]
     disk: Vec<String>,
     /// An optical drive: an ISO image, or 'empty'
@@ -164,6 +167,7 @@ struct Drive {
     model: Option<String>,
     firmware: Option<String>,
     write_cache: Option<bool>,
+    sidecar: Option<PathBuf>,
 }
 
 fn switch(value: &str) -> Option<bool> {
@@ -203,6 +207,7 @@ impl Drive {
             ("format", false) => self.format = text(),
             ("readonly", false) => self.read_only = switch(value).ok_or("on or off")?,
             ("cache", false) => self.write_cache = Some(switch(value).ok_or("on or off")?),
+            ("sidecar", false) => self.sidecar = Some(PathBuf::from(value)),
             ("lba", false) => {
                 self.logical = match value {
                     "512" => Some(512),
@@ -220,7 +225,7 @@ impl Drive {
             }
             (_, false) => {
                 return Err(
-                    "format, port, readonly, lba, physical, serial, wwn, model, firmware or cache",
+                    "format, port, readonly, lba, physical, serial, wwn, model, firmware, cache or sidecar",
                 );
             }
             (_, true) => return Err("port, serial, model or firmware"),
@@ -240,6 +245,15 @@ impl Drive {
                 .map_err(named);
         }
         let disk = self.open(opening)?;
+        if let Some(path) = &self.sidecar
+            && !disk.capabilities().overwrite
+        {
+            return Err(Failure::new(format!(
+                "{}: sidecar={}: expected a writable raw or LUKS image: of others an erase leaves copies",
+                self.text,
+                path.display()
+            )));
+        }
         let config = self.disk_config(&*disk);
         hba.plug_disk(port, disk, config).map_err(named)
     }
@@ -265,6 +279,7 @@ impl Drive {
         config.physical_sector = self.physical.unwrap_or(config.physical_sector);
         config.wwn = self.wwn.unwrap_or(config.wwn);
         config.write_cache = self.write_cache.unwrap_or(config.write_cache);
+        config.sidecar.clone_from(&self.sidecar);
         for (own, given) in [
             (&mut config.serial, &self.serial),
             (&mut config.model, &self.model),
@@ -330,15 +345,17 @@ mod tests {
 
     #[test]
     fn options_of_a_disk() {
-        let text = "a.raw,format=raw,port=2,serial=S1,wwn=0x5000c500a0000001,lba=4096,cache=off";
+        let text = "a.raw,format=raw,port=2,serial=S1,wwn=0x5000c500a0000001,lba=4096,cache=off,sidecar=a.ata";
         let disk = drive("--disk", text);
         assert_eq!((disk.image.as_str(), disk.port), ("a.raw", Some(2)));
         assert_eq!(disk.wwn, Some(0x5000_c500_a000_0001));
+        assert_eq!(disk.sidecar, Some(PathBuf::from("a.ata")));
         assert_eq!((disk.logical, disk.write_cache), (Some(4096), Some(false)));
         for bad in ["a,wwn=1", "a,lba=1024", "a,port=x", "a,readonly", "a,x=1"] {
             assert!(Drive::parse("--disk", bad).is_err(), "{bad}");
         }
         assert!(Drive::parse("--cdrom", "a.iso,format=qcow2").is_err());
+        assert!(Drive::parse("--cdrom", "a.iso,sidecar=a").is_err());
     }
 
     #[test]

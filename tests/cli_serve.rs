@@ -7,6 +7,8 @@
     reason = "tests; parts of the client are for others"
 )]
 
+#[path = "../vmm-glue/tests/vfio_user/ahci_driver.rs"]
+mod ahci_driver;
 #[path = "../vmm-glue/tests/vfio_user/client.rs"]
 mod client;
 mod lab;
@@ -19,6 +21,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ahci_driver::{Ahci, DATA, Issue};
 use client::{BASE, Client};
 use lab::{
     Workplace,
@@ -27,6 +30,10 @@ use lab::{
 };
 use nvme_driver::Nvme;
 use serde_json::Value;
+use virtio_devices::{
+    ahci::driver::command,
+    ata::{TaskFile, opcode},
+};
 
 /// Where data of admin commands is.
 const PAGE: u64 = 0xa000;
@@ -236,4 +243,95 @@ fn an_image_of_the_command_line_is_removed_and_never_deleted() {
     ctl(&control, &["remove-namespace", "nsid=1"]);
     assert!(workplace.file("disk.raw").exists());
     server.stop();
+}
+
+/// SANITIZE DEVICE without data; gives the Count field of its end.
+fn sanitize(client: &mut Client, features: u16, lba: u64) -> u16 {
+    let task = TaskFile {
+        features,
+        ..command(opcode::SANITIZE_DEVICE, lba, 0)
+    };
+    client.issue_on(0, &task, Issue::default());
+    client.finish();
+    // In the Register FIS.
+    let mut count = [0; 2];
+    client.memory.read_exact_at(&mut count, 0x44c).unwrap();
+    u16::from_le_bytes(count)
+}
+
+#[test]
+fn a_disk_with_a_sidecar_can_be_erased() {
+    let workplace = Workplace::new();
+    let disk = raw(&workplace);
+    let image = workplace.file("disk.raw");
+    fs::write(&image, [7; 1 << 20]).unwrap();
+    let disk = format!("{disk},sidecar={}", workplace.file("disk.ata").display());
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &["--disk", &disk]);
+    let mut client = Client::connect(server.socket(0));
+    client.map();
+    client.start();
+    client.issue(&command(opcode::IDENTIFY_DEVICE, 0, 0), false);
+    client.finish();
+    let mut id = [0; 512];
+    client.memory.read_exact_at(&mut id, DATA).unwrap();
+    let word = |at: usize| u16::from_le_bytes([id[at * 2], id[at * 2 + 1]]);
+    assert_eq!((word(59) & 0xfc00, word(82) & 2, word(128)), (0xdc00, 2, 1));
+    sanitize(&mut client, 0x12, 0x426b_4572);
+    client.until("the end of sanitize", |it| sanitize(it, 0, 0) == 0x8000);
+    drop(client);
+    server.stop();
+    assert_eq!(fs::read(&image).unwrap(), [0; 1 << 20]);
+    let kept = fs::read_to_string(workplace.file("disk.ata")).unwrap();
+    assert!(kept.contains("Succeeded"), "{kept}");
+}
+
+#[test]
+fn a_sidecar_is_refused_where_an_erase_would_leave_copies() {
+    let workplace = Workplace::new();
+    let image = workplace.file("disk.qcow2");
+    run(platter()
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg("1M"));
+    let read_only = format!("{},readonly=on", raw(&workplace));
+    for disk in [&format!("{},format=qcow2", image.display()), &read_only] {
+        let sidecar = workplace.file("disk.ata");
+        let output = run_any(
+            platter()
+                .args(["serve", "ahci", "--socket"])
+                .arg(workplace.socket("ahci.sock"))
+                .arg("--disk")
+                .arg(format!("{disk},sidecar={}", sidecar.display())),
+        );
+        assert!(!output.status.success());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        let expected = format!(
+            "sidecar={}: expected a writable raw or LUKS image",
+            sidecar.display()
+        );
+        assert!(errors.contains(&expected), "{errors}");
+        assert!(!sidecar.exists());
+    }
+}
+
+#[test]
+fn a_namespace_that_is_really_overwritten_offers_sanitize() {
+    let workplace = Workplace::new();
+    let namespace = raw(&workplace);
+    let with = format!(
+        "{namespace},sidecar={}",
+        workplace.file("disk.nvme").display()
+    );
+    for (name, namespace, expected) in [("with", &with, 6), ("without", &namespace, 0)] {
+        let mut server =
+            FunctionServer::start(&workplace, "nvme", name, &["--namespace", namespace]);
+        let mut client = connect(&server);
+        assert_eq!(client.identify(2), 0);
+        let mut sanicap = [0; 4];
+        let at = PAGE + 328;
+        client.memory.read_exact_at(&mut sanicap, at).unwrap();
+        assert_eq!(u32::from_le_bytes(sanicap) & 7, expected, "{name}");
+        drop(client);
+        server.stop();
+    }
 }

@@ -55,6 +55,9 @@ pub struct Capabilities {
     pub discard_granularity: u32,
     /// Discard really removes the data from the host: no backing file or snapshot keeps a copy.
     pub secure_erase: bool,
+    /// What is written takes the place of what was there, in the host's file too: after writing
+    /// everything, no backing file, snapshot or freed cluster of the image keeps a copy.
+    pub overwrite: bool,
 }
 
 /// An opened image: control plane and synchronous I/O.

@@ -15,6 +15,7 @@ pub mod ahci;
 pub mod ata;
 mod error;
 pub mod histogram;
+mod host;
 mod identity;
 mod interrupt;
 mod memory;

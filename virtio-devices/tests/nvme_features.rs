@@ -29,7 +29,7 @@ fn with_two(folder: &tempfile::TempDir, sidecars: [bool; 2]) -> Guest {
     let disk = |(at, sidecar): (usize, bool)| {
         let disk = MockDiskConfig {
             capabilities: Capabilities {
-                secure_erase: sidecar,
+                overwrite: sidecar,
                 ..MockDiskConfig::default().capabilities
             },
             ..MockDiskConfig::default()

@@ -118,3 +118,19 @@ fn a_failure_in_unrestricted_mode_can_be_left_and_stays_so() {
     // There is nothing to leave, which is no error.
     guest.admin_ok(sanitize(EXIT_FAILURE_MODE));
 }
+
+#[test]
+fn nothing_is_saved_while_it_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::with_queues(with_sidecar(&folder, true), 1);
+    let disk = guest.disks[0].clone();
+    disk.hold_writes(true);
+    guest.admin_ok(sanitize(RESTRICTED));
+    guest.until("the first write", |_| disk.waiting_writes() == 1);
+    // Another server would do it, too, and go on while this one still does.
+    let refused = guest.controller.save(Vec::new()).unwrap_err().to_string();
+    assert!(refused.contains("sanitize"), "{refused}");
+    disk.hold_writes(false);
+    guest.until("the end", |guest| guest.log(0x81, 512)[2] == 1);
+    guest.controller.save(Vec::new()).unwrap();
+}

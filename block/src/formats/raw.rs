@@ -142,7 +142,9 @@ impl Image for Raw {
             write_zeroes: writable,
             resize: writable && !self.host.block_device,
             discard_granularity: self.topology().physical_block_size,
+            // Where the host has no holes a discard does nothing.
             secure_erase: false,
+            overwrite: writable,
         }
     }
 

@@ -90,6 +90,81 @@ fn ahci_tools_read_the_drive() {
     server.stop();
 }
 
+/// hdparm sets a password, finds the disk locked after a power cycle, unlocks and erases it, and sanitizes it.
+#[test]
+fn ahci_hdparm_locks_and_erases_a_disk() {
+    let workplace = Workplace::new();
+    let image = workplace.create("disk", "raw", "32M");
+    let disk = format!(
+        "{},format=raw,sidecar={}",
+        image.display(),
+        workplace.file("disk.ata").display()
+    );
+    let control = workplace.socket("ahci.ctl");
+    let arguments = [
+        "--disk",
+        &disk,
+        "--control",
+        control.to_str().expect("text"),
+    ];
+    let mut server = FunctionServer::start(&workplace, "ahci", "ahci", &arguments);
+    let mut guest = SharedGuest::get(1);
+    let adapter = Adapter::plug(&mut guest, server.socket(0));
+    let device = adapter.drive(&mut guest, 0);
+    let fill = format!(
+        "dd if=/dev/urandom of=/tmp/w bs=1M count=4 2> /dev/null
+        dd if=/tmp/w of={device} bs=1M seek=8 conv=fsync 2> /dev/null
+        dd if={device} bs=1M skip=8 count=4 iflag=direct 2> /dev/null | cmp - /tmp/w"
+    );
+    let is_erased = format!(
+        "blockdev --flushbufs {device}
+        dd if={device} bs=1M iflag=direct 2> /dev/null > /tmp/all
+        dd if=/dev/zero bs=1M count=32 2> /dev/null | cmp - /tmp/all; left=$?; rm /tmp/all; [ $left = 0 ]"
+    );
+    guest.ok(&fill);
+    let identity = guest.ok(&format!("hdparm -I {device}"));
+    for part in [
+        "Security Mode feature set",
+        "Master password revision code = 65534",
+        "SANITIZE feature set",
+        "BLOCK_ERASE_EXT command",
+        "OVERWRITE_EXT command",
+    ] {
+        assert!(identity.contains(part), "{part} is not in:\n{identity}");
+    }
+    guest.ok(&format!(
+        "hdparm --user-master u --security-set-pass open {device}
+        hdparm -I {device} | grep -q '^[[:space:]]*enabled'"
+    ));
+    // Pulled and plugged it is locked: nothing can be read, which the kernel tries and complains of.
+    ctl(&control, &["unplug", "port=0"]);
+    guest.wait_for(&format!("[ ! -e {device} ]"));
+    ctl(&control, &["plug-disk", "port=0", &format!("disk={disk}")]);
+    assert_eq!(adapter.drive(&mut guest, 0), device);
+    guest.ok(&format!(
+        "hdparm -I {device} | grep -q '^[[:space:]]*locked'
+        if dd if={device} of=/dev/null bs=4k count=1 iflag=direct 2> /dev/null; then exit 1; fi
+        hdparm --user-master u --security-unlock open {device}
+        hdparm -I {device} | grep -q 'not[[:space:]]*locked'
+        dd if={device} bs=1M skip=8 count=4 iflag=direct 2> /dev/null | cmp - /tmp/w
+        hdparm --user-master u --security-erase open {device}
+        hdparm -I {device} | grep -q 'not[[:space:]]*enabled'"
+    ));
+    guest.ok(&is_erased);
+    guest.ok(&fill);
+    guest.ok(&format!(
+        "hdparm --yes-i-know-what-i-am-doing --sanitize-block-erase {device}"
+    ));
+    guest.wait_for(&format!(
+        "hdparm --sanitize-status {device} | grep -q 'Completed Without Error'"
+    ));
+    guest.ok(&is_erased);
+    guest.ok("dmesg -c > /dev/null");
+    adapter.remove(&mut guest);
+    guest.done();
+    server.stop();
+}
+
 /// A disk comes into a free port while another one is busy, goes, and comes back with the same bytes.
 #[test]
 fn ahci_disks_come_and_go() {

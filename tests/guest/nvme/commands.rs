@@ -206,6 +206,47 @@ const UNMANAGE: Steps = &[
     ),
 ];
 
+const SECURE_ERASE: Steps = &[("nvme format $n -s 1 -f", "Success")];
+const SANITIZE: Steps = &[("nvme sanitize $c -a 2", "")];
+
+/// A raw image with a sidecar is erased by Format NVM and by Sanitize.
+#[test]
+fn nvme_cli_erases_a_namespace() {
+    let workplace = Workplace::new();
+    let image = workplace.create("disk", "raw", "32M");
+    let namespace = format!(
+        "{},format=raw,sidecar={}",
+        image.display(),
+        workplace.file("disk.nvme").display()
+    );
+    let arguments = ["--namespace", &namespace];
+    let mut server = FunctionServer::start(&workplace, "nvme", "nvme", &arguments);
+    let mut guest = SharedGuest::get(1);
+    let controller = Controller::plug(&mut guest, server.socket(0));
+    let device = controller.namespace(&mut guest, 1);
+    for erase in [SECURE_ERASE, SANITIZE] {
+        guest.ok(&format!(
+            "dd if=/dev/urandom of={device} bs=1M seek=8 count=4 conv=fsync 2> /dev/null"
+        ));
+        converse(&mut guest, &controller, &device, erase);
+        if erase == SANITIZE {
+            guest.wait_for(&format!(
+                "nvme get-log /dev/{} -i 0x81 -l 512 -b > /tmp/log
+                [ $(od -An -tu1 -j2 -N1 /tmp/log) = 1 ]",
+                controller.name
+            ));
+        }
+        guest.ok(&format!(
+            "blockdev --flushbufs {device}
+            dd if={device} bs=1M iflag=direct 2> /dev/null > /tmp/all
+            dd if=/dev/zero bs=1M count=32 2> /dev/null | cmp - /tmp/all && rm /tmp/all"
+        ));
+    }
+    controller.remove(&mut guest);
+    guest.done();
+    server.stop();
+}
+
 /// Namespaces are made in a pool, attached, used, detached and deleted.
 #[test]
 fn nvme_cli_manages_namespaces() {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use block::{AsyncDiskFile, ErrorKind};
 
+use super::work::HostWork;
 use crate::{
     ata::{AtaDisk, AtapiDrive, Payload, Registers, Step, TaskFile, opcode},
     mmc::Cdb,
@@ -22,6 +23,8 @@ pub(super) struct Drive {
     /// What data planes are made of; `None` without a medium. Shared, so that what waits for
     /// requests in flight can be done without the lock of the port, which they need to end.
     pub(super) disk: Option<Arc<dyn AsyncDiskFile>>,
+    /// Of a disk that is protected: the thread for that. Dropping it waits for what it does.
+    pub(super) work: Option<HostWork>,
 }
 
 impl Drive {
@@ -76,6 +79,13 @@ impl Drive {
     pub(super) fn queue_error(&mut self, task: &TaskFile, registers: Registers, queued: bool) {
         if let Device::Disk(disk) = &mut self.device {
             disk.queue_error(task, registers, queued);
+        }
+    }
+
+    /// The host forgets every command that the device has.
+    pub(super) fn forget(&self) {
+        if let Some(work) = &self.work {
+            work.cancel();
         }
     }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     MemorySource,
-    ata::{Range, Registers, Step, error, status},
+    ata::{Range, Registers, Step, Work, error, status},
     memory::Window,
     mmc::{self, BLOCK},
     stats::Op,
@@ -131,6 +131,7 @@ impl<S: MemorySource> PortQueue<S> {
                 });
                 self.read_raw(index, taking.batch);
             }
+            Step::Work(work) => self.work(index, work, taking),
             Step::Out { .. } | Step::Packet => {
                 slot.registers = Some(Registers::failed(&slot.task, error::ABRT));
             }
@@ -244,6 +245,44 @@ impl<S: MemorySource> PortQueue<S> {
             buffers: Buffers::owned(AlignedBuf::zeroed(len as usize)),
         };
         self.push(index, op, batch);
+    }
+
+    /// Has the thread for host work do something.
+    fn work(&mut self, index: u32, work: Work, taking: &Taking<'_, '_, S>) {
+        let slot = &mut self.slots[index as usize];
+        let drive = taking.port.drive.as_ref();
+        let Some((host, disk)) =
+            drive.and_then(|drive| drive.work.as_ref().zip(drive.disk.as_ref()))
+        else {
+            slot.result = Err(ErrorKind::NotFound);
+            return;
+        };
+        slot.pending += 1;
+        let (id, port) = (slot.id(index), self.index);
+        let (shared, mail) = (Arc::clone(&self.shared), Arc::clone(&self.mail));
+        host.run(work, Arc::clone(disk), move |result| {
+            mail.send((id, result));
+            shared.port(port).ring();
+        });
+    }
+
+    /// Takes the answers of that thread.
+    pub(super) fn read_mail(&mut self) {
+        for (id, result) in self.mail.take() {
+            let index = (id & 0xff) as u32;
+            let Some(slot) = self.slots.get_mut(index as usize) else {
+                continue;
+            };
+            if !slot.busy || slot.pending == 0 || slot.id(index) != id {
+                debug_assert!(false, "an answer nobody waits for: {id:x}");
+                continue;
+            }
+            slot.pending -= 1;
+            slot.result = result;
+            if slot.pending == 0 {
+                self.ended.push(index);
+            }
+        }
     }
 
     /// Fetches the packet of a PACKET command.

@@ -230,6 +230,12 @@ impl<S: MemorySource> FrontEnd for PortQueue<S> {
         self.post_ended()
     }
 
+    fn resume(&mut self, _batch: &mut Batch) {
+        if self.outstanding > 0 {
+            self.read_mail();
+        }
+    }
+
     fn rearm(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut port = shared.port(self.index);

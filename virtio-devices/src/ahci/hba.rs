@@ -20,10 +20,11 @@ use super::{
     queue::PortQueue,
     regs::{self, cap, ghc},
     shared::{Shared, TrayListener, lock},
+    work::HostWork,
 };
 use crate::{
     Error, MemorySource, Result, VectorInterrupt,
-    ata::{AtaDisk, AtapiDrive, DiskConfig},
+    ata::{AtaDisk, AtapiDrive, DiskConfig, Protection},
     mmc::{MmcConfig, MmcDrive},
     stats::QueueStats,
     worker::Worker,
@@ -107,7 +108,8 @@ impl Hba {
     ///
     /// # Errors
     /// [`Error::NoSuchQueue`] for a port that is not there, [`Error::Config`] as
-    /// [`AtaDisk::new`].
+    /// [`AtaDisk::new`] and for a sidecar that is not one of ours or cannot be written; the host's
+    /// error when there is no thread to be had.
     pub fn plug_disk(
         &self,
         port: u8,
@@ -116,13 +118,23 @@ impl Hba {
     ) -> Result<()> {
         let port = self.check(port)?;
         let size = Arc::new(AtomicU64::new(disk.size()));
-        let device = AtaDisk::new(config, Arc::clone(&size))?;
+        let sidecar = config.sidecar.clone();
+        let can_erase = !config.read_only && disk.capabilities().overwrite;
+        let mut device = AtaDisk::new(config, Arc::clone(&size))?;
         disk.on_resize(Box::new(move |now| size.store(now, Ordering::Release)));
+        let disk = Arc::from(disk);
+        let mut work = None;
+        if let Some(path) = sidecar.filter(|_| can_erase) {
+            let protection = Protection::open(&path)?;
+            device.protect(Arc::clone(&protection));
+            work = Some(HostWork::start(protection, &disk)?);
+        }
         self.plug(
             port,
             Some(Drive {
                 device: Device::Disk(device),
-                disk: Some(Arc::from(disk)),
+                disk: Some(disk),
+                work,
             }),
         );
         Ok(())
@@ -141,6 +153,7 @@ impl Hba {
             Some(Drive {
                 device: Device::Disk(device),
                 disk: Some(disk),
+                ..
             }) => (Arc::clone(disk), device.config().logical_sector),
             _ => return Err(Error::Config(format!("port {port} has no disk"))),
         };
@@ -160,6 +173,7 @@ impl Hba {
             Some(Drive {
                 device: Device::Disk(_),
                 disk: Some(disk),
+                ..
             }) => Some(disk.size()),
             _ => None,
         }
@@ -194,6 +208,7 @@ impl Hba {
             Some(Drive {
                 device: Device::Optical(device),
                 disk: medium.map(Arc::from),
+                work: None,
             }),
         );
         Ok(())
@@ -217,10 +232,15 @@ impl Hba {
     pub fn close(&self) -> Result<()> {
         let mut result = Ok(());
         for index in 0..u32::from(self.config().ports) {
-            let disk = {
-                let port = self.shared.port(index);
-                port.drive.as_ref().and_then(|drive| drive.disk.clone())
+            let (disk, work) = {
+                let mut port = self.shared.port(index);
+                let drive = port.drive.as_mut();
+                drive.map_or((None, None), |drive| {
+                    (drive.disk.clone(), drive.work.take())
+                })
             };
+            // A sanitize operation goes on at the next start.
+            drop(work);
             if let Some(disk) = disk {
                 result = result.and(disk.close());
             }

@@ -30,6 +30,7 @@ mod shared;
 mod slot;
 mod state;
 mod tray;
+mod work;
 
 pub use config::{HbaConfig, OpticalConfig, Quirks};
 pub use front::PortWorker;

@@ -126,6 +126,9 @@ impl Port {
     fn forget(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);
         self.settling = self.taken != 0;
+        if let Some(drive) = &self.drive {
+            drive.forget();
+        }
         let regs = &mut self.regs;
         (regs.ci, regs.sact, regs.halted, regs.soft_reset) = (0, 0, false, false);
     }

@@ -9,6 +9,7 @@ use super::{
     regs::{is, serr},
     shared::Shared,
     slot::Slot,
+    work::Mail,
 };
 use crate::{
     MemorySource,
@@ -36,6 +37,8 @@ pub struct PortQueue<S: MemorySource> {
     pub(super) plane: Option<usize>,
     /// [`Port::drive_changes`] that `plane` belongs to.
     pub(super) drive_changes: u64,
+    /// What the thread for host work has done.
+    pub(super) mail: Arc<Mail>,
     since: Instant,
     /// Where the windows on command lists and on data started last.
     pub(super) windows: (u64, u64),
@@ -64,6 +67,7 @@ impl<S: MemorySource> PortQueue<S> {
             outstanding: 0,
             plane: None,
             drive_changes: 0,
+            mail: Arc::default(),
             since: Instant::now(),
             windows: (0, 0),
         }

@@ -8,11 +8,12 @@ use super::{
     interrupt::IrqState,
     port::{Port, Registers},
     regs::{cmd, is},
+    work::HostWork,
 };
 use crate::{Error, Result, ata::DiskState, mmc::MmcState};
 
 /// The version of [`HbaState`] that this crate writes.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// Everything about an HBA that its configuration, its drives and their disks do not say. Saved when
 /// every worker has been drained; untrusted when it comes back.
@@ -62,7 +63,8 @@ impl Hba {
     /// taken are in it and start after the restore.
     ///
     /// # Errors
-    /// [`Error::NotDrained`].
+    /// [`Error::NotDrained`]; [`Error::Busy`] while a sanitize operation runs, which two servers must not
+    /// do at once.
     pub fn save(&self) -> Result<HbaState> {
         let mut ports = Vec::new();
         for index in 0..u32::from(self.config().ports) {
@@ -72,6 +74,12 @@ impl Hba {
                     queue: index as u16,
                     in_flight: port.taken.count_ones() as usize,
                 });
+            }
+            let work = port.drive.as_ref().and_then(|drive| drive.work.as_ref());
+            if work.is_some_and(HostWork::runs_sanitize) {
+                return Err(Error::Busy(format!(
+                    "a sanitize operation runs on the disk in port {index}"
+                )));
             }
             ports.push(PortState {
                 registers: port.regs.clone(),
@@ -133,10 +141,16 @@ fn restore_port(port: &mut Port, saved: &PortState) -> Result<()> {
         (
             Some(Drive {
                 device: Device::Disk(disk),
-                ..
+                disk: image,
+                work,
             }),
             DriveState::Disk(state),
-        ) => disk.restore((**state).clone())?,
+        ) => {
+            disk.restore((**state).clone())?;
+            if let (Some(work), Some(image)) = (work, image) {
+                work.resume(image);
+            }
+        }
         (
             Some(Drive {
                 device: Device::Optical(optical),

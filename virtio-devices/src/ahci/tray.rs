@@ -73,6 +73,7 @@ impl Hba {
         let Some(Drive {
             device: Device::Optical(drive),
             disk,
+            ..
         }) = &mut port_state.drive
         else {
             return Err(Error::NoOpticalDrive { port });

@@ -1,11 +1,16 @@
 //! Which command of an ATA disk goes where.
 
-use super::{AtaDisk, Payload, Protocol, Registers, Step, TaskFile, disk::Power, opcode};
+use super::{
+    AtaDisk, Payload, Protocol, Registers, Step, TaskFile, disk::Power, opcode, sanitize, security,
+};
 
 impl AtaDisk {
     /// Starts a command.
     pub fn command(&mut self, task: &TaskFile) -> Step {
         if self.state.power == Power::Sleep {
+            return self.abort(task);
+        }
+        if !self.admits(task) {
             return self.abort(task);
         }
         let pio = Protocol::Pio {
@@ -48,6 +53,10 @@ impl AtaDisk {
             opcode::STANDBY_IMMEDIATE..=opcode::SLEEP
             | opcode::STANDBY_IMMEDIATE_OLD..=opcode::SLEEP_OLD => self.power(task),
             opcode::SMART => self.smart(task),
+            opcode::SANITIZE_DEVICE => self.sanitize(task),
+            opcode::SECURITY_SET_PASSWORD..=opcode::SECURITY_DISABLE_PASSWORD => {
+                self.security(task)
+            }
             opcode::READ_LOG_EXT | opcode::READ_LOG_DMA_EXT => self.read_log_command(task),
             opcode::WRITE_LOG_EXT | opcode::WRITE_LOG_DMA_EXT => self.write_log_command(task),
             // NOP always ends like this; so does everything that is not offered.
@@ -63,7 +72,23 @@ impl AtaDisk {
                 self.state.host_logs.write(address, page, data);
                 Step::End(Registers::ready(task))
             }
+            Payload::Password => self.password(task, data),
             Payload::Parameters => self.abort(task),
         }
+    }
+
+    /// Whether a lock or a sanitize operation lets a command begin.
+    fn admits(&self, task: &TaskFile) -> bool {
+        let Some(protection) = self.protection.as_ref().filter(|it| it.restricts()) else {
+            return true;
+        };
+        if task.command != opcode::SECURITY_ERASE_UNIT {
+            // What was prepared has to follow at once.
+            protection.change(|now| now.prepared = false);
+        }
+        let state = protection.state();
+        let sanitizes = state.is_sanitizing() && !sanitize::is_allowed_meanwhile(task);
+        let locked = state.now.locked && security::is_refused_when_locked(task);
+        !sanitizes && !locked
     }
 }

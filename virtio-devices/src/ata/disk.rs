@@ -1,6 +1,7 @@
 //! An ATA disk: its configuration and its state.
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     NcqError, Registers, Step, TaskFile, error,
     kept::{ERRORS, ErrorEntry, HostLogs},
+    protection::{Protection, Volatile},
     status,
 };
 use crate::{Error, Result, identity};
@@ -56,6 +58,11 @@ pub struct DiskConfig {
     pub trim: Trim,
     /// Whether the disk starts with a volatile write cache.
     pub write_cache: bool,
+    /// The file that remembers passwords and sanitize operations. Without it, and on a disk that is not
+    /// really overwritten ([`Capabilities::overwrite`](block::Capabilities::overwrite)), the Security and
+    /// Sanitize Device feature sets are not offered. With it a thread does host work, and rings the
+    /// [doorbell](crate::ahci::Hba::doorbell) of the port when a command can end.
+    pub sidecar: Option<PathBuf>,
 }
 
 impl Default for DiskConfig {
@@ -70,6 +77,7 @@ impl Default for DiskConfig {
             read_only: false,
             trim: Trim::None,
             write_cache: true,
+            sidecar: None,
         }
     }
 }
@@ -179,6 +187,8 @@ pub struct DiskState {
     pub(super) errors: Vec<ErrorEntry>,
     /// What the host keeps in logs 80h to 9Fh.
     pub(super) host_logs: HostLogs,
+    /// Of passwords and sanitize, what no sidecar remembers; in a saved state only.
+    pub(super) protection: Option<Volatile>,
 }
 
 /// What a disk counts for SMART and for the device statistics.
@@ -233,6 +243,8 @@ pub struct AtaDisk {
     /// Bytes; the disk may be resized.
     size: Arc<AtomicU64>,
     pub(super) since: Instant,
+    /// Where security and sanitize are offered.
+    pub(super) protection: Option<Arc<Protection>>,
 }
 
 impl AtaDisk {
@@ -258,13 +270,20 @@ impl AtaDisk {
                 counters: Counters::default(),
                 errors: Vec::new(),
                 host_logs: HostLogs::default(),
+                protection: None,
             },
             config,
             size,
             since: Instant::now(),
+            protection: None,
         };
         disk.state.counters.power_cycles = 1;
         Ok(disk)
+    }
+
+    /// Offers security and sanitize.
+    pub(crate) fn protect(&mut self, protection: Arc<Protection>) {
+        self.protection = Some(protection);
     }
 
     /// How it was made.
@@ -293,6 +312,7 @@ impl AtaDisk {
     pub fn save(&self) -> DiskState {
         let mut state = self.state.clone();
         state.counters.seconds = self.seconds();
+        state.protection = self.protection.as_ref().map(|it| it.save());
         state
     }
 
@@ -300,7 +320,7 @@ impl AtaDisk {
     ///
     /// # Errors
     /// [`Error::State`] for values that no command could have set.
-    pub fn restore(&mut self, state: DiskState) -> Result<()> {
+    pub fn restore(&mut self, mut state: DiskState) -> Result<()> {
         if state.multiple != 0
             && (!state.multiple.is_power_of_two() || state.multiple > MAX_MULTIPLE)
         {
@@ -320,6 +340,17 @@ impl AtaDisk {
         }
         if state.errors.len() > ERRORS || !state.host_logs.is_sane() {
             return Err(Error::State("logs are larger than they can be".to_owned()));
+        }
+        match (&self.protection, state.protection.take()) {
+            (Some(protection), Some(now)) => protection.restore(now)?,
+            (None, None) => {}
+            (has, _) => {
+                return Err(Error::State(format!(
+                    "the disk has {} sidecar, the saved one {}",
+                    if has.is_some() { "a" } else { "no" },
+                    if has.is_some() { "none" } else { "one" }
+                )));
+            }
         }
         self.state = state;
         self.since = Instant::now();
@@ -350,6 +381,9 @@ impl AtaDisk {
             counters.soft_resets += 1;
             self.state.keep_on_reset
         };
+        if let Some(protection) = &self.protection {
+            protection.reset(hard, self.state.preserve_settings);
+        }
         if !keep {
             self.state.multiple = 0;
             self.state.look_ahead = true;

@@ -4,6 +4,7 @@ use super::{
     AtaDisk,
     disk::{MAX_MULTIPLE, Trim},
     io::MAX_TRIM_BLOCKS,
+    sanitize,
 };
 
 /// The words of an IDENTIFY.
@@ -85,7 +86,9 @@ impl AtaDisk {
         id.set(56, u16::from(sectors));
         id.set32(57, (cylinders * track) as u32);
         let multiple = u16::from(self.state.multiple);
-        id.set(59, if multiple == 0 { 0 } else { 0x100 | multiple });
+        let multiple = if multiple == 0 { 0 } else { 0x100 | multiple };
+        let sanitize = self.protection.as_ref().map_or(0, |_| sanitize::WORD_59);
+        id.set(59, sanitize | multiple);
         id.set32(60, self.sectors().min(0xfff_ffff) as u32);
         let mode = self.state.transfer_mode;
         let selected = 1u16 << (mode & 7) << 8;
@@ -111,8 +114,9 @@ impl AtaDisk {
         id.set(79, if state.preserve_settings { 0x0040 } else { 0 });
         // ATA-5 to ACS-3.
         id.set(80, 0x07e0);
-        // SMART, power management, write cache, look-ahead, NOP.
-        id.set(82, 0x4069);
+        let security = self.security_words();
+        // SMART, security, power management, write cache, look-ahead, NOP.
+        id.set(82, 0x4069 | u16::from(security.is_some()) << 1);
         // 48-bit addresses, FLUSH CACHE and FLUSH CACHE EXT.
         id.set(83, 0x7400);
         // SMART error log, general purpose logs, FUA, world wide name.
@@ -121,7 +125,13 @@ impl AtaDisk {
         let on = u16::from(state.smart)
             | u16::from(state.write_cache) << 5
             | u16::from(state.look_ahead) << 6;
-        id.set(85, 0x4008 | on);
+        let enabled = security.is_some_and(|(enabled, ..)| enabled);
+        id.set(85, 0x4008 | on | u16::from(enabled) << 1);
+        if let Some((_, master, state)) = security {
+            // How long an erase takes is not known: words 89 and 90 are 0.
+            id.set(92, master);
+            id.set(128, state);
+        }
         id.set(86, 0xb400);
         id.set(87, 0x4061 | wwn);
         if self.config.wwn != 0 {

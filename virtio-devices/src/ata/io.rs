@@ -227,6 +227,22 @@ impl AtaDisk {
 
     /// What a command ends with whose work on the disk is done.
     pub fn finish(&mut self, task: &TaskFile, result: Result<(), ErrorKind>) -> Registers {
+        match (task.command, result) {
+            (opcode::SANITIZE_DEVICE, Ok(())) => return self.sanitize_registers(task),
+            (opcode::SANITIZE_DEVICE, Err(_)) => {
+                return Registers {
+                    count: 0,
+                    lba: 0,
+                    ..Registers::failed(task, error::ABRT)
+                };
+            }
+            // A wrong password is no failure of the disk.
+            (
+                opcode::SECURITY_SET_PASSWORD..=opcode::SECURITY_DISABLE_PASSWORD,
+                Err(ErrorKind::InvalidArgument),
+            ) => return Registers::failed(task, error::ABRT),
+            _ => {}
+        }
         let Err(kind) = result else {
             return Registers::ready(task);
         };

@@ -3,7 +3,7 @@
 use super::{
     AtaDisk, Payload, Protocol, Step, TaskFile,
     kept::{HOST_PAGES, HostLogs, sum},
-    opcode,
+    opcode, sanitize,
 };
 
 const DIRECTORY: u8 = 0x00;
@@ -85,7 +85,7 @@ impl AtaDisk {
         match address {
             DIRECTORY | NCQ_ERROR | PHY_EVENTS | NCQ_SEND_RECEIVE => 1,
             STATISTICS => 8,
-            IDENTIFY_DATA => 6,
+            IDENTIFY_DATA => 6 + u16::from(self.protection.is_some()),
             0x80..=0x9f => HOST_PAGES,
             _ => 0,
         }
@@ -191,6 +191,7 @@ impl AtaDisk {
         let word = |at: usize| u64::from(id[at * 2]) | u64::from(id[at * 2 + 1]) << 8;
         let mut log = Qwords::new(page);
         match page {
+            0 if self.protection.is_some() => log.list(&[0, 1, 2, 5, 6]),
             0 => log.list(&[0, 1, 2, 5]),
             1 => return id,
             2 => {
@@ -203,6 +204,14 @@ impl AtaDisk {
                 log.set(4, VALID | self.sectors());
             }
             5 => log.text(&id),
+            6 if self.protection.is_some() => {
+                let state = word(128);
+                log.set(1, VALID | word(92));
+                // Supported, master password capability, expired, frozen, locked, enabled.
+                let bits = (state & 1) << 6 | (state >> 8 & 1) << 5 | state >> 1 & 15;
+                log.set(2, VALID | bits);
+                log.set(6, VALID | sanitize::CAPABILITIES);
+            }
             _ => return [0; 512],
         }
         log.0

@@ -17,8 +17,13 @@ mod kept;
 mod logs;
 pub mod opcode;
 mod packet;
+mod password;
+mod protection;
+mod sanitize;
+mod security;
 mod smart;
 mod taskfile;
+mod work;
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +32,9 @@ use crate::mmc::Fields;
 pub use disk::{AtaDisk, Counters, DiskConfig, DiskState, Power, Trim};
 pub use kept::NcqError;
 pub use packet::AtapiDrive;
+pub(crate) use protection::Protection;
 pub use taskfile::{Registers, TaskFile, error, status};
+pub use work::Work;
 
 /// How the data of a command travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +73,8 @@ pub enum Payload {
     },
     /// The parameter list of a packet command.
     Parameters,
+    /// A password, and what goes with it.
+    Password,
 }
 
 /// What a device wants of its adapter, so that a command can go on.
@@ -113,6 +122,8 @@ pub enum Step {
         /// It has to be durable when the command ends.
         durable: bool,
     },
+    /// Let a thread that may block do this; then call `finish`.
+    Work(Work),
     /// Get the command packet from the host and call [`AtapiDrive::packet`].
     Packet,
     /// Read sectors and give the host some [`Fields`] of them; then call [`AtapiDrive::finish`].

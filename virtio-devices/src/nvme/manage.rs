@@ -9,9 +9,12 @@ use super::{
     namespace::flag,
     outcome::{Answer, Outcome},
     queues::NvmeQueues,
-    sanitize::Action,
 };
-use crate::{MemorySource, memory::BatchMemory};
+use crate::{
+    MemorySource,
+    host::{Action, erase},
+    memory::BatchMemory,
+};
 
 impl<S: MemorySource> NvmeQueues<S> {
     /// Does host work on the thread for it; the command ends when it is done.
@@ -335,7 +338,7 @@ fn delete(core: &Core, nsid: u32) {
 }
 
 /// Formats a namespace: nothing of what it held can be read afterwards.
-fn format_one(namespace: &Namespace, lba: u32, erase: bool) -> Result<(), Status> {
+fn format_one(namespace: &Namespace, lba: u32, secure: bool) -> Result<(), Status> {
     // What was in flight ends first; nothing new begins, because of the flag.
     while !namespace.gate.claim() {
         std::thread::yield_now();
@@ -345,8 +348,8 @@ fn format_one(namespace: &Namespace, lba: u32, erase: bool) -> Result<(), Status
     }
     let disk = namespace.disk();
     let size = disk.size();
-    let done = if erase {
-        super::sanitize::overwrite(disk)
+    let done = if secure {
+        erase(disk, Action::BlockErase, &|| false, &mut |_| ()).map(|_| ())
     } else {
         disk.write_zeroes(0, size, true)
     };

@@ -33,7 +33,6 @@ mod identity;
 mod interrupt;
 mod io;
 mod io_reservation;
-mod jobs;
 mod logs;
 mod manage;
 mod namespace;

@@ -16,10 +16,10 @@ use super::{
     identity::Identity,
     reservation::{Reservations, SavedReservations},
     sanitize::SavedSanitize,
-    sidecar::{Content, Sidecar},
+    sidecar::Content,
     uncorrectable::Uncorrectable,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, host::Sidecar};
 
 /// How a namespace is made.
 #[derive(Clone, Debug, Default)]
@@ -62,7 +62,7 @@ pub struct Namespace {
     pub(super) gate: Gate,
     uncorrectable: Mutex<Uncorrectable>,
     reservations: Mutex<Reservations>,
-    sidecar: Option<Sidecar>,
+    sidecar: Option<Sidecar<Content>>,
     sanitize: Mutex<Option<SavedSanitize>>,
     attached: Mutex<BTreeSet<u16>>,
     /// The image in the pool, if it was made by namespace management.
@@ -302,7 +302,7 @@ impl Namespace {
 
     /// Whether a format or sanitize really removes the data from the host.
     pub(super) fn can_erase(&self) -> bool {
-        !self.is_read_only() && self.disk.capabilities().secure_erase
+        !self.is_read_only() && self.disk.capabilities().overwrite
     }
 
     /// Whether a controller that is made now has it: one of the pool is attached by hosts.

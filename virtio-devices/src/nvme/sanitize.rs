@@ -6,20 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use block::AsyncDiskFile;
 use serde::{Deserialize, Serialize};
 
-/// Bytes written at a time.
-const CHUNK: usize = 1 << 20;
-
-/// What SANACT asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Action {
-    BlockErase,
-    Overwrite {
-        pattern: u32,
-        passes: u8,
-        invert: bool,
-    },
-    CryptoErase,
-}
+use crate::host::{Action, erase};
 
 /// What a sidecar remembers of the last sanitize operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,7 +186,8 @@ impl Sanitize {
         page
     }
 
-    /// Overwrites or erases a whole disk; false if it was stopped before the end.
+    /// Erases a whole disk, which is `share` (first and number) of the 65536 parts of the operation; false
+    /// if it was stopped before the end.
     ///
     /// # Errors
     /// The disk's.
@@ -209,64 +197,13 @@ impl Sanitize {
         action: Action,
         share: (u64, u64),
     ) -> block::Result<bool> {
-        let size = disk.size();
-        let passes = match action {
-            Action::Overwrite { passes: 0, .. } => 16,
-            Action::Overwrite { passes, .. } => u64::from(passes),
-            Action::BlockErase | Action::CryptoErase => 1,
-        };
-        let mut buffer = vec![0; CHUNK];
-        for pass in 0..passes {
-            if let Action::Overwrite {
-                pattern, invert, ..
-            } = action
-            {
-                let pattern = if invert && (passes - pass).is_multiple_of(2) {
-                    !pattern
-                } else {
-                    pattern
-                };
-                for word in buffer.chunks_exact_mut(4) {
-                    word.copy_from_slice(&pattern.to_le_bytes());
-                }
-            }
-            let mut at = 0;
-            while at < size {
-                if self.is_stopped() {
-                    return Ok(false);
-                }
-                let len = (size - at).min(CHUNK as u64);
-                match action {
-                    Action::Overwrite { .. } => disk.write_at(&buffer[..len as usize], at)?,
-                    Action::BlockErase | Action::CryptoErase => {
-                        disk.write_at(&buffer[..len as usize], at)?;
-                        disk.write_zeroes(at, len, true)?;
-                    }
-                }
-                at += len;
-                self.show((share.0 + pass * share.1 / passes) + at * (share.1 / passes) / size);
-            }
-            disk.flush()?;
-        }
-        Ok(true)
+        erase(disk, action, &|| self.is_stopped(), &mut |done| {
+            self.show(share.0 + u64::from(done) * share.1 / 0x1_0000);
+        })
     }
 
     fn show(&self, progress: u64) {
         let progress = u32::try_from(progress.min(0xfffe)).unwrap_or(0xfffe);
         self.progress.store(progress, Ordering::Release);
     }
-}
-
-/// Overwrites a disk once with zeroes and gives its space back, for a format with secure erase.
-pub(super) fn overwrite(disk: &dyn AsyncDiskFile) -> block::Result<()> {
-    let size = disk.size();
-    let zeroes = vec![0; CHUNK];
-    let mut at = 0;
-    while at < size {
-        let len = (size - at).min(CHUNK as u64);
-        disk.write_at(&zeroes[..len as usize], at)?;
-        disk.write_zeroes(at, len, true)?;
-        at += len;
-    }
-    Ok(())
 }

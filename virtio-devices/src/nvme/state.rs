@@ -125,11 +125,15 @@ impl NvmeController {
     /// The state of the controller. `workers` are what [`Worker::save`] gave for each, in order.
     ///
     /// # Errors
-    /// [`Error::State`] while a reset is under way.
+    /// [`Error::State`] while a reset is under way; [`Error::Busy`] while a sanitize operation runs, which two
+    /// servers must not do at once.
     pub fn save(&self, workers: Vec<NvmeWorkerState>) -> Result<NvmeState> {
         let core = &self.core;
         if core.is_resetting() {
             return Err(bad("a reset is under way: let the workers finish it"));
+        }
+        if core.subsystem.sanitize.is_running() {
+            return Err(Error::Busy("a sanitize operation runs".to_owned()));
         }
         let namespaces = core.subsystem.namespaces();
         let namespaces = namespaces.iter().map(|namespace| {

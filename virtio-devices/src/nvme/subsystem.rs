@@ -13,13 +13,16 @@ use std::{
 use block::AsyncDiskFile;
 
 use super::{
-    jobs::Jobs,
     namespace::{Namespace, NamespaceConfig, flag},
     pool::PoolConfig,
     reservation::{HostId, Notice},
-    sanitize::{Action, Sanitize},
+    sanitize::Sanitize,
 };
-use crate::{Error, Result, identity::fnv};
+use crate::{
+    Error, Result,
+    host::{Action, Jobs},
+    identity::fnv,
+};
 
 /// The most namespaces of a subsystem.
 pub(super) const MAX_NAMESPACES: u32 = 256;

@@ -1,8 +1,12 @@
 //! The control plane of the mock disk, which is also the test's handle on its data planes.
 
-use std::{path::Path, sync::MutexGuard};
+use std::{
+    path::Path,
+    sync::{Arc, MutexGuard},
+};
 
 use super::{
+    gate::Gate,
     io::MockIo,
     state::{Logged, Shared, State, slice},
 };
@@ -37,6 +41,7 @@ impl Default for MockDiskConfig {
                 resize: true,
                 discard_granularity: 4096,
                 secure_erase: false,
+                overwrite: false,
             },
             capacity: 0,
         }
@@ -48,6 +53,7 @@ impl Default for MockDiskConfig {
 pub struct MockDisk {
     config: MockDiskConfig,
     state: Shared,
+    writes: Arc<Gate>,
 }
 
 impl MockDisk {
@@ -56,7 +62,11 @@ impl MockDisk {
     pub fn new(config: MockDiskConfig) -> Self {
         let state = Shared::default();
         state.lock().data = vec![0; config.size as usize];
-        Self { config, state }
+        Self {
+            config,
+            state,
+            writes: Arc::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -83,6 +93,22 @@ impl MockDisk {
     /// Does and completes everything held, oldest first.
     pub fn release_all(&self) {
         while self.release(0) {}
+    }
+
+    /// From now on, synchronous writes wait or do not.
+    pub fn hold_writes(&self, hold: bool) {
+        self.writes.close(hold);
+    }
+
+    /// Lets so many synchronous writes through.
+    pub fn let_through(&self, writes: usize) {
+        self.writes.permit(writes);
+    }
+
+    /// The number of synchronous writes that wait.
+    #[must_use]
+    pub fn waiting_writes(&self) -> usize {
+        self.writes.waiting()
     }
 
     /// Asks `fail` about each request before it is done, and about each synchronous write; an error
@@ -167,6 +193,7 @@ impl DiskFile for MockDisk {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.writes.pass();
         let (mut state, len) = (self.state(), buf.len() as u64);
         let fua = false;
         state.allow(&Logged::Write { offset, len, fua })?;

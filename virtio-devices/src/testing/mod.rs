@@ -5,6 +5,7 @@
 //! the same faults.
 
 mod disk;
+mod gate;
 mod interrupt;
 mod io;
 mod null;

@@ -9,5 +9,8 @@ mod hostile;
 mod life;
 mod ncq;
 mod port;
+mod protected;
 mod random;
+mod sanitize;
+mod security;
 mod transfer;

@@ -99,10 +99,10 @@ impl Default for Setup {
 }
 
 /// One disk with a sidecar in that folder.
-pub fn with_sidecar(folder: &tempfile::TempDir, secure_erase: bool) -> Setup {
+pub fn with_sidecar(folder: &tempfile::TempDir, overwrite: bool) -> Setup {
     let disk = MockDiskConfig {
         capabilities: Capabilities {
-            secure_erase,
+            overwrite,
             ..MockDiskConfig::default().capabilities
         },
         ..MockDiskConfig::default()

@@ -86,6 +86,7 @@ impl Image for Luks {
             resize: self.writable,
             discard_granularity: SECTOR_SIZE as u32,
             secure_erase: false,
+            overwrite: self.writable,
         }
     }
 

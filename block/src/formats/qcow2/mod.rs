@@ -273,6 +273,8 @@ impl Image for Qcow2 {
             resize: self.writable,
             discard_granularity: self.geometry.cluster_size() as u32,
             secure_erase: false,
+            // Compressed and freed clusters keep what they held.
+            overwrite: false,
         }
     }
 

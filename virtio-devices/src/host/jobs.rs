@@ -9,14 +9,14 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// A thread and what it still has to do. Dropping it waits until everything is done.
 #[derive(Debug)]
-pub(super) struct Jobs {
+pub(crate) struct Jobs {
     sender: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Jobs {
     /// Starts the thread.
-    pub(super) fn start(name: &str) -> std::io::Result<Self> {
+    pub(crate) fn start(name: &str) -> std::io::Result<Self> {
         let (sender, jobs) = channel::<Job>();
         let thread = thread::Builder::new()
             .name(name.to_owned())
@@ -32,7 +32,7 @@ impl Jobs {
     }
 
     /// Adds something to do.
-    pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) {
         if let Some(sender) = &self.sender {
             // The thread ends only when the sender is gone.
             let _ = sender.send(Box::new(job));
