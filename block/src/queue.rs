@@ -99,6 +99,34 @@ impl Queue {
     fn driver(&self) -> &Rc<Driver> {
         &self.inner.io.driver
     }
+
+    /// Moves everything of the thread on, and sleeps, until `ready` or `timeout`; returns whether it is ready.
+    fn wait_until(
+        &mut self,
+        timeout: Option<Duration>,
+        ready: impl Fn(&Self) -> bool,
+    ) -> Result<bool> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        self.plugged = false;
+        loop {
+            if ready(self) {
+                return Ok(true);
+            }
+            if !self.driver().can_submit_and_wait() {
+                self.driver().turn();
+                if ready(self) {
+                    return Ok(true);
+                }
+            }
+            // A wake that moved a task on, but ended no request, does not end the wait.
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            self.driver().wait(left)?;
+            self.driver().turn();
+            if left == Some(Duration::ZERO) {
+                return Ok(ready(self));
+            }
+        }
+    }
 }
 
 impl QueueInner {
@@ -555,27 +583,15 @@ impl AsyncIo for Queue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool> {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let ready = |queue: &Self| !queue.inner.completed.borrow().is_empty();
-        self.plugged = false;
-        loop {
-            if ready(self) {
-                return Ok(true);
-            }
-            if !self.driver().can_submit_and_wait() {
-                self.driver().turn();
-                if ready(self) {
-                    return Ok(true);
-                }
-            }
-            // A wake that moved a task on, but ended no request, does not end the wait.
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            self.driver().wait(left)?;
-            self.driver().turn();
-            if left == Some(Duration::ZERO) {
-                return Ok(ready(self));
-            }
-        }
+        self.wait_until(timeout, |queue| !queue.inner.completed.borrow().is_empty())
+    }
+
+    fn sleeps_in(&self) -> Option<usize> {
+        Some(Rc::as_ptr(self.driver()).addr())
+    }
+
+    fn wait_for_any(&mut self, timeout: Option<Duration>) -> Result<bool> {
+        self.wait_until(timeout, |queue| queue.driver().has_undelivered())
     }
 }
 

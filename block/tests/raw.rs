@@ -234,3 +234,29 @@ fn a_queue_is_told_of_what_another_of_its_thread_has_found() {
         assert_eq!(out[0].result, Ok(()), "{kind}");
     }
 }
+
+#[test]
+fn a_queue_waits_for_others_of_its_thread() {
+    for (kind, options) in engines() {
+        let image = image("a.raw", &[7; 1 << 16]);
+        let disk = options.open(&image.path).unwrap();
+        let mut first = disk.create_async_io(4).unwrap();
+        let mut second = disk.create_async_io(4).unwrap();
+        assert!(first.sleeps_in().is_some(), "{kind}");
+        assert_eq!(first.sleeps_in(), second.sleeps_in(), "{kind}");
+        let mut out = Vec::new();
+        for id in 0..3 {
+            let buffers = Buffers::owned(AlignedBuf::zeroed(4096));
+            let op = RequestOp::Read { offset: 0, buffers };
+            assert_eq!(first.submit(&mut vec![Request { id, op }]), 1);
+            // Without a limit: it has to end by what the other one has.
+            assert!(second.wait_for_any(None).unwrap(), "{kind}");
+            assert_eq!(second.reap(&mut out), 0, "{kind}");
+            assert!(second.wait_for_any(None).unwrap(), "{kind}: still there");
+            assert_eq!(first.reap(&mut out), 1, "{kind}");
+            assert_eq!(out.pop().unwrap().result, Ok(()), "{kind}");
+        }
+        let soon = Some(Duration::from_millis(1));
+        assert!(!second.wait_for_any(soon).unwrap(), "{kind}");
+    }
+}

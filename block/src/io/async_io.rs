@@ -135,4 +135,20 @@ pub trait AsyncIo {
     /// # Errors
     /// The host's error when waiting fails.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool>;
+
+    /// What [`wait`](Self::wait) sleeps in, as a number, if other queues of the thread can sleep in the same:
+    /// [`wait_for_any`](Self::wait_for_any) of one of them waits for all that have this number. `None`: it
+    /// sleeps in something of its own.
+    fn sleeps_in(&self) -> Option<usize> {
+        None
+    }
+
+    /// [`wait`](Self::wait) for every queue of this thread that [sleeps in](Self::sleeps_in) the same. It
+    /// does not sleep while one of them has something to reap: whoever calls it reaps all of them before.
+    ///
+    /// # Errors
+    /// The host's error when waiting fails.
+    fn wait_for_any(&mut self, timeout: Option<Duration>) -> Result<bool> {
+        self.wait(timeout)
+    }
 }

@@ -157,6 +157,11 @@ impl Driver {
         }
     }
 
+    /// Whether a queue has completions that it was not given yet.
+    pub(crate) fn has_undelivered(&self) -> bool {
+        self.undelivered.get() > 0
+    }
+
     /// Makes the notifier readable, if somebody asked for it.
     pub(crate) fn notify(&self) {
         if self.notifying.get() {

@@ -8,6 +8,8 @@ pub(super) const WATCH: u64 = 1 << 63;
 /// The data plane of one disk, and what is on its way there.
 pub(super) struct Plane {
     pub(super) io: Box<dyn AsyncIo>,
+    /// No other data plane of the worker ever has the same.
+    pub(super) number: u64,
     pub(super) requests: Vec<Request>,
     pub(super) in_flight: usize,
     /// How many requests may wait to be submitted before the front end stops taking more.
@@ -17,9 +19,10 @@ pub(super) struct Plane {
 }
 
 impl Plane {
-    pub(super) fn new(io: Box<dyn AsyncIo>) -> Self {
+    fn new(io: Box<dyn AsyncIo>, number: u64) -> Self {
         Self {
             io,
+            number,
             requests: Vec::new(),
             in_flight: 0,
             room: 0,
@@ -36,6 +39,8 @@ impl Plane {
 #[derive(Default)]
 pub struct Batch {
     pub(super) planes: Vec<Option<Plane>>,
+    /// Data planes attached so far.
+    attached: u64,
 }
 
 impl Batch {
@@ -72,6 +77,7 @@ impl Batch {
     }
 
     /// Adds a request for one data plane; returns whether there is such a plane.
+    #[inline]
     pub fn push_to(&mut self, plane: usize, id: u64, op: RequestOp) -> bool {
         debug_assert_eq!(id & WATCH, 0, "the top bit of an id is the worker's");
         let Some(Some(plane)) = self.planes.get_mut(plane) else {
@@ -96,9 +102,8 @@ impl Batch {
 
     /// Adds the data plane of one more disk; returns its number.
     pub fn attach(&mut self, io: Box<dyn AsyncIo>) -> usize {
-        // Whoever drives several disks waits for their notifiers; asking for one says so.
-        let _ = io.notifier();
-        let mut plane = Plane::new(io);
+        self.attached += 1;
+        let mut plane = Plane::new(io, self.attached);
         plane.make_room();
         match self.planes.iter().position(Option::is_none) {
             Some(free) => {

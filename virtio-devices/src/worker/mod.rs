@@ -16,8 +16,8 @@
 //! completion, without a doorbell.
 //!
 //! The worker is made on the thread that drives it and stays there. [`Worker::run`] waits in the
-//! `AsyncIo` itself; a VMM with its own event loop watches [`Worker::notifier`] and the doorbell,
-//! and calls [`Worker::process`] when either becomes readable.
+//! `AsyncIo` itself, or in one of several that sleep in the same; a VMM with its own event loop watches
+//! [`Worker::notifier`] and the doorbell, and calls [`Worker::process`] when either becomes readable.
 
 mod batch;
 mod polling;
@@ -32,7 +32,7 @@ use std::{
 use block::io::{AsyncIo, Completion, MemoryRegions};
 
 pub use batch::Batch;
-use batch::{Plane, WATCH};
+use batch::WATCH;
 pub use polling::DEFAULT_POLL_MAX;
 use polling::Polling;
 use wait::Watch;
@@ -105,8 +105,12 @@ pub struct Worker<F> {
     batch: Batch,
     front: F,
     completions: Vec<Completion>,
-    /// It waits in the data plane of its only disk, not beside those of several.
+    /// It was made with a disk, and has no other.
     single: bool,
+    /// The number of the data plane that watches the descriptors, and that it sleeps in.
+    inside: Option<u64>,
+    /// Data planes refuse to watch: it waits for their notifiers.
+    beside: bool,
     watches: Vec<Watch>,
     next_watch: u64,
     stop_seen: bool,
@@ -120,7 +124,7 @@ impl<F: FrontEnd> Worker<F> {
     pub fn new(front: F, io: Box<dyn AsyncIo>) -> Self {
         let mut worker = Self::without_disk(front);
         worker.single = true;
-        worker.batch.planes.push(Some(Plane::new(io)));
+        worker.batch.attach(io);
         worker
     }
 
@@ -133,6 +137,8 @@ impl<F: FrontEnd> Worker<F> {
             front,
             completions: Vec::new(),
             single: false,
+            inside: None,
+            beside: false,
             watches: Vec::new(),
             next_watch: WATCH,
             stop_seen: false,

@@ -1,4 +1,9 @@
-//! How a worker waits: in the data plane of its only disk, or beside those of several.
+//! How a worker waits: in a data plane that wakes it for all of its disks, or beside them.
+//!
+//! The data planes of a thread mostly share one engine, and sleep in it together: then a wait is the
+//! system call that submits. A worker without a disk, or with disks of several engines, waits in `poll(2)`
+//! for the doorbell beside the notifiers. From then on completions are signalled to those, which costs
+//! system calls of its own; so nobody asks for a notifier before it is needed.
 
 use std::{
     fs::File,
@@ -15,7 +20,9 @@ pub(super) struct Watch {
     id: u64,
     file: File,
     role: Role,
-    /// Left over from an earlier run: it ends when it fires.
+    /// The number of the data plane that watches it.
+    plane: u64,
+    /// Nobody waits for it any more: it ends when it fires.
     stale: bool,
 }
 
@@ -23,6 +30,19 @@ pub(super) struct Watch {
 pub(super) enum Role {
     Kick,
     Stop,
+}
+
+impl Role {
+    fn of(self, fd: BorrowedFd<'_>) -> Result<File> {
+        let owned = fd.try_clone_to_owned();
+        owned.map(File::from).map_err(|source| Error::Descriptor {
+            what: match self {
+                Role::Kick => "doorbell",
+                Role::Stop => "stop descriptor",
+            },
+            source,
+        })
+    }
 }
 
 impl<F: FrontEnd> Worker<F> {
@@ -35,22 +55,14 @@ impl<F: FrontEnd> Worker<F> {
     pub fn run(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
         self.stop_seen = false;
         self.polling.enabled = true;
-        let result = if self.single {
-            self.run_inside(kick, stop)
-        } else {
-            self.run_beside(kick, stop)
-        };
+        self.unwatch();
+        let result = self.run_until(kick, stop);
         self.polling.enabled = false;
         result
     }
 
-    /// [`run`](Self::run) for one disk: waits in its data plane.
-    fn run_inside(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
-        for watch in &mut self.watches {
-            watch.stale = true;
-        }
-        self.watch(kick, Role::Kick)?;
-        self.watch(stop, Role::Stop)?;
+    fn run_until(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
+        let mut doorbell = Role::Kick.of(kick)?;
         loop {
             let progress = self.process();
             if let Some(error) = self.watch_error.take() {
@@ -64,56 +76,114 @@ impl<F: FrontEnd> Worker<F> {
                 Progress::Idle => self.idle_timeout(),
             };
             let (start, alone) = (Instant::now(), self.in_flight() == 0);
-            self.wait(timeout)?;
+            let inside = self.watch_inside(kick, stop)?;
+            if inside {
+                self.wait_inside(timeout)?;
+            } else {
+                let [rung, stopped] = self.wait_beside([kick, stop], timeout)?;
+                if stopped {
+                    return Ok(());
+                }
+                if rung {
+                    // It is readable and ours alone while we run, so this does not block.
+                    let _ = doorbell.read(&mut [0; 8]);
+                }
+            }
             if alone && progress == Progress::Idle {
                 self.polling.slept(start.elapsed());
             }
         }
     }
 
-    /// [`run`](Self::run) for several disks: waits for their notifiers beside the descriptors.
-    fn run_beside(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<()> {
-        let mut doorbell =
-            File::from(
-                kick.try_clone_to_owned()
-                    .map_err(|source| Error::Descriptor {
-                        what: "doorbell",
-                        source,
-                    })?,
-            );
-        loop {
-            let progress = self.process();
-            let timeout = match progress {
-                Progress::More => Some(Duration::ZERO),
-                Progress::Idle => self.idle_timeout(),
-            };
-            let (start, alone) = (Instant::now(), self.in_flight() == 0);
-            let [rung, stopped] = self.wait_beside([kick, stop], timeout)?;
-            if alone && progress == Progress::Idle {
-                self.polling.slept(start.elapsed());
+    /// A data plane that wakes the worker for all of them, if there is one.
+    fn sleeper(&self) -> Option<u64> {
+        if self.beside {
+            return None;
+        }
+        let mut planes = self.batch.planes.iter().flatten();
+        let first = planes.next()?;
+        let place = first.io.sleeps_in();
+        if !planes.all(|plane| place.is_some() && plane.io.sleeps_in() == place) {
+            return None;
+        }
+        // What is watched in one of them stays there.
+        let watching = self.inside.filter(|number| self.has_plane(*number));
+        Some(watching.unwrap_or(first.number))
+    }
+
+    fn has_plane(&self, number: u64) -> bool {
+        let mut planes = self.batch.planes.iter().flatten();
+        planes.any(|plane| plane.number == number)
+    }
+
+    fn plane(&mut self, number: u64) -> Option<&mut Plane> {
+        let mut planes = self.batch.planes.iter_mut().flatten();
+        planes.find(|plane| plane.number == number)
+    }
+
+    /// Watches the descriptors in the data plane to sleep in; returns whether there is one.
+    fn watch_inside(&mut self, kick: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<bool> {
+        let sleeper = self.sleeper();
+        if sleeper.is_some() && sleeper == self.inside {
+            return Ok(true);
+        }
+        self.unwatch();
+        let Some(plane) = sleeper else {
+            return Ok(false);
+        };
+        let watched = self
+            .watch(kick, Role::Kick, plane)
+            .and_then(|()| self.watch(stop, Role::Stop, plane));
+        match watched {
+            Ok(()) => {
+                self.inside = Some(plane);
+                Ok(true)
             }
-            if stopped {
-                return Ok(());
+            // Somebody has asked for a notifier of this thread: it can only be waited for as well.
+            Err(Error::Block(error))
+                if !self.single && error.kind() == block::ErrorKind::Unsupported =>
+            {
+                self.unwatch();
+                self.beside = true;
+                Ok(false)
             }
-            if rung {
-                // It is readable and ours alone while we run, so this does not block.
-                let _ = doorbell.read(&mut [0; 8]);
-            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Nobody waits any more for what is watched. What fires after that is for nobody.
+    fn unwatch(&mut self) {
+        self.inside = None;
+        let planes = &self.batch.planes;
+        let is_there = |number| planes.iter().flatten().any(|it| it.number == number);
+        self.watches.retain(|watch| is_there(watch.plane));
+        for watch in &mut self.watches {
+            watch.stale = true;
         }
     }
 
     /// Waits for any data plane.
     pub(super) fn wait(&mut self, timeout: Option<Duration>) -> Result<()> {
-        if self.single
-            && let Some(Some(plane)) = self.batch.planes.first_mut()
-        {
-            plane.io.wait(timeout)?;
-            return Ok(());
+        if self.single {
+            return self.wait_inside(timeout);
         }
         // What was parked by something else than a disk is looked at again soon.
         let soon = Duration::from_millis(1);
         let timeout = timeout.map_or(soon, |timeout| timeout.min(soon));
+        if self.sleeper().is_some() {
+            return self.wait_inside(Some(timeout));
+        }
         self.wait_beside([], Some(timeout)).map(|_| ())
+    }
+
+    /// Waits in a data plane, for what any of them has and for what is watched.
+    fn wait_inside(&mut self, timeout: Option<Duration>) -> Result<()> {
+        if let Some(number) = self.sleeper()
+            && let Some(plane) = self.plane(number)
+        {
+            plane.io.wait_for_any(timeout)?;
+        }
+        Ok(())
     }
 
     /// Waits for any data plane, or for one of `fds`; returns which of those are readable.
@@ -163,33 +233,25 @@ impl<F: FrontEnd> Worker<F> {
         Some(due.saturating_duration_since(Instant::now()))
     }
 
-    fn watch(&mut self, fd: BorrowedFd<'_>, role: Role) -> Result<()> {
-        let file = fd
-            .try_clone_to_owned()
-            .map_err(|source| Error::Descriptor {
-                what: match role {
-                    Role::Kick => "doorbell",
-                    Role::Stop => "stop descriptor",
-                },
-                source,
-            })?;
+    fn watch(&mut self, fd: BorrowedFd<'_>, role: Role, plane: u64) -> Result<()> {
+        let file = role.of(fd)?;
         self.next_watch += 1;
         let id = self.next_watch;
-        let file = File::from(file);
-        self.watch_with(file.as_fd(), id)?;
+        self.watch_with(file.as_fd(), id, plane)?;
         self.watches.push(Watch {
             id,
             file,
             role,
+            plane,
             stale: false,
         });
         Ok(())
     }
 
-    fn watch_with(&mut self, fd: BorrowedFd<'_>, id: u64) -> block::Result<()> {
-        match self.batch.planes.first_mut() {
-            Some(Some(plane)) => plane.io.watch(fd, id),
-            _ => Err(block::Error::unsupported("watch: the worker has no disk")),
+    fn watch_with(&mut self, fd: BorrowedFd<'_>, id: u64, plane: u64) -> block::Result<()> {
+        match self.plane(plane) {
+            Some(plane) => plane.io.watch(fd, id),
+            None => Err(block::Error::unsupported("watch: the worker has no disk")),
         }
     }
 
@@ -207,9 +269,13 @@ impl<F: FrontEnd> Worker<F> {
             Role::Kick => {
                 // It is readable and ours alone while we run, so this does not block.
                 let _ = watch.file.read(&mut [0; 8]);
+                if !self.has_plane(watch.plane) {
+                    // It went meanwhile: another one watches before the worker sleeps.
+                    return;
+                }
                 self.next_watch += 1;
                 watch.id = self.next_watch;
-                match self.watch_with(watch.file.as_fd(), watch.id) {
+                match self.watch_with(watch.file.as_fd(), watch.id, watch.plane) {
                     Ok(()) => self.watches.push(watch),
                     Err(error) => self.watch_error = Some(error),
                 }
