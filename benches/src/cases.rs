@@ -13,6 +13,7 @@ use crate::{
     Direction, Result, Work,
     load::{Straight, Virtio},
     memory::MemoryHost,
+    nvme::Nvme,
     side::Load,
 };
 
@@ -22,7 +23,7 @@ pub struct Case {
     pub name: &'static str,
     image: Image,
     direction: Direction,
-    device: bool,
+    device: Device,
 }
 
 #[derive(Clone, Copy)]
@@ -32,7 +33,15 @@ enum Image {
     Subclusters,
 }
 
-const fn case(name: &'static str, image: Image, direction: Direction, device: bool) -> Case {
+/// The device that the accesses go through.
+#[derive(Clone, Copy)]
+enum Device {
+    None,
+    VirtioBlk,
+    Nvme,
+}
+
+const fn case(name: &'static str, image: Image, direction: Direction, device: Device) -> Case {
     Case {
         name,
         image,
@@ -43,34 +52,46 @@ const fn case(name: &'static str, image: Image, direction: Direction, device: bo
 
 /// All of them: 512 bytes, 32 in flight, on a disk of 16 MiB whose tables are in memory.
 pub const CASES: &[Case] = &[
-    case("raw read", Image::Raw, Direction::Read, false),
-    case("raw write", Image::Raw, Direction::Write, false),
-    case("qcow2 read", Image::Qcow2, Direction::Read, false),
-    case("qcow2 write", Image::Qcow2, Direction::Write, false),
+    case("raw read", Image::Raw, Direction::Read, Device::None),
+    case("raw write", Image::Raw, Direction::Write, Device::None),
+    case("qcow2 read", Image::Qcow2, Direction::Read, Device::None),
+    case("qcow2 write", Image::Qcow2, Direction::Write, Device::None),
     case(
         "subcluster read",
         Image::Subclusters,
         Direction::Read,
-        false,
+        Device::None,
     ),
     case(
         "subcluster write",
         Image::Subclusters,
         Direction::Write,
-        false,
+        Device::None,
     ),
-    case("virtio-blk raw read", Image::Raw, Direction::Read, true),
-    case("virtio-blk qcow2 read", Image::Qcow2, Direction::Read, true),
+    case(
+        "virtio-blk raw read",
+        Image::Raw,
+        Direction::Read,
+        Device::VirtioBlk,
+    ),
+    case(
+        "virtio-blk qcow2 read",
+        Image::Qcow2,
+        Direction::Read,
+        Device::VirtioBlk,
+    ),
     case(
         "virtio-blk qcow2 write",
         Image::Qcow2,
         Direction::Write,
-        true,
+        Device::VirtioBlk,
     ),
+    case("nvme raw read", Image::Raw, Direction::Read, Device::Nvme),
+    case("nvme raw write", Image::Raw, Direction::Write, Device::Nvme),
 ];
 
 /// The disk whose mapping is of interest by itself.
-pub const MAPPED: Case = case("qcow2 read", Image::Qcow2, Direction::Read, false);
+pub const MAPPED: Case = case("qcow2 read", Image::Qcow2, Direction::Read, Device::None);
 
 const SIZE: u64 = 16 << 20;
 
@@ -93,10 +114,12 @@ impl Case {
     /// The image's and the device's.
     pub fn load(&self) -> Result<Box<dyn Load>> {
         let disk = self.disk()?;
-        if self.device {
-            return Ok(Box::new(Virtio::new(disk, self.work(), false)?));
-        }
-        Ok(Box::new(Straight::new(&*disk, self.work())?))
+        let work = self.work();
+        Ok(match self.device {
+            Device::None => Box::new(Straight::new(&*disk, work)?),
+            Device::VirtioBlk => Box::new(Virtio::new(disk, work, false)?),
+            Device::Nvme => Box::new(Nvme::new(disk, work)?),
+        })
     }
 
     /// A disk every byte of which was written.

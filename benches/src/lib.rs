@@ -14,6 +14,7 @@ pub mod lanes;
 pub mod load;
 pub mod maintenance;
 pub mod memory;
+pub mod nvme;
 pub mod patience;
 pub mod qemu;
 pub mod report;

@@ -196,15 +196,27 @@ impl<'m, M: GuestMemory> Window<'m, M> {
     }
 
     /// The range as one piece of host memory; `None` if it is outside guest memory or in pieces.
+    #[inline]
     pub(crate) fn get(
         &mut self,
         address: GuestAddress,
         len: usize,
         access: Permissions,
     ) -> Option<VolatileSlice<'m, BS<'m, M::Bitmap>>> {
-        if let Some(slice) = self.inside(address, len) {
-            return Some(slice);
+        match self.inside(address, len) {
+            Some(slice) => Some(slice),
+            None => self.look_up(address, len, access),
         }
+    }
+
+    /// The range, which is not in what is remembered.
+    #[cold]
+    fn look_up(
+        &mut self,
+        address: GuestAddress,
+        len: usize,
+        access: Permissions,
+    ) -> Option<VolatileSlice<'m, BS<'m, M::Bitmap>>> {
         if !self.direct {
             return contiguous(self.memory, address, len, access);
         }
@@ -212,6 +224,7 @@ impl<'m, M: GuestMemory> Window<'m, M> {
         self.inside(address, len)
     }
 
+    #[inline]
     fn inside(
         &self,
         address: GuestAddress,
@@ -270,18 +283,21 @@ impl<'m, M: GuestMemory + Send + Sync + 'static> BatchMemory<'m, M> {
         let window = self
             .data
             .get_or_insert_with(|| Window::new(&**self.memory, self.data_from));
-        let mut segments = SmallVec::<[(*mut u8, usize); 4]>::new();
-        for segment in data {
-            match window.get(segment.address, segment.len as usize, access) {
-                Some(slice) => segments.push((slice.ptr_guard_mut().as_ptr(), slice.len())),
-                // In pieces, or nowhere.
-                None => return self.buffers_in_pieces(data, access),
-            }
-        }
+        let mut whole = true;
+        let segments = data.iter().map_while(|segment| {
+            let slice = window.get(segment.address, segment.len as usize, access);
+            whole = slice.is_some();
+            slice.map(|slice| (slice.ptr_guard_mut().as_ptr(), slice.len()))
+        });
         let guard = Arc::clone(self.memory);
         // SAFETY: each segment was just looked up in the memory that `guard` keeps mapped, and
         // nobody holds a reference to guest memory.
-        Ok(unsafe { Buffers::from_raw(segments, guard) })
+        let buffers = unsafe { Buffers::from_raw(segments, guard) };
+        if whole {
+            return Ok(buffers);
+        }
+        // In pieces, or nowhere.
+        self.buffers_in_pieces(data, access)
     }
 
     fn buffers_in_pieces(&self, data: &Data, access: Permissions) -> Result<Buffers, ErrorKind> {

@@ -153,14 +153,16 @@ impl Buffers {
         segments: impl IntoIterator<Item = (*mut u8, usize)>,
         guard: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        let segments: Segments = segments
-            .into_iter()
-            .filter(|(_, len)| *len > 0)
-            .map(|(base, len)| Segment::new(base, len))
-            .collect();
+        let (mut list, mut total) = (Segments::new(), 0);
+        for (base, len) in segments {
+            if len > 0 {
+                list.push(Segment::new(base, len));
+                total += len as u64;
+            }
+        }
         Self {
-            len: segments.iter().map(|s| s.len() as u64).sum(),
-            segments,
+            len: total,
+            segments: list,
             owner: Owner::Guarded { _guard: guard },
         }
     }

@@ -20,22 +20,21 @@ pub(super) struct Command {
 }
 
 impl Command {
-    pub(super) fn parse(bytes: &[u8; SQE as usize]) -> Self {
-        let dword = |at: usize| le32(bytes, at * 4);
+    /// Of an entry as it is in memory.
+    pub(super) fn parse(entry: [u64; SQE as usize / 8]) -> Self {
+        let entry = entry.map(u64::from_le);
+        let first = entry[0];
+        let (low, high) = (
+            |at: usize| entry[at] as u32,
+            |at: usize| (entry[at] >> 32) as u32,
+        );
         Self {
-            opcode: bytes[0],
-            flags: bytes[1],
-            cid: u16::from_le_bytes([bytes[2], bytes[3]]),
-            nsid: dword(1),
-            dptr: [le64(bytes, 24), le64(bytes, 32)],
-            cdw: [
-                dword(10),
-                dword(11),
-                dword(12),
-                dword(13),
-                dword(14),
-                dword(15),
-            ],
+            opcode: first as u8,
+            flags: (first >> 8) as u8,
+            cid: (first >> 16) as u16,
+            nsid: high(0),
+            dptr: [entry[3], entry[4]],
+            cdw: [low(5), high(5), low(6), high(6), low(7), high(7)],
         }
     }
 
@@ -118,11 +117,8 @@ mod tests {
 
     #[test]
     fn fields_are_where_the_specification_has_them() {
-        let mut bytes = [0; 64];
-        for (at, byte) in bytes.iter_mut().enumerate() {
-            *byte = at as u8;
-        }
-        let command = Command::parse(&bytes);
+        let bytes = |from: u8| u64::from_ne_bytes(std::array::from_fn(|at| from + at as u8));
+        let command = Command::parse(std::array::from_fn(|at| bytes(at as u8 * 8)));
         assert_eq!((command.opcode, command.flags, command.cid), (0, 1, 0x0302));
         assert_eq!(command.nsid, 0x0706_0504);
         assert_eq!(command.dptr[1], 0x2726_2524_2322_2120);

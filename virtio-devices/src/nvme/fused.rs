@@ -15,6 +15,7 @@ const SECOND: u8 = 2;
 
 impl<S: MemorySource> NvmeQueues<S> {
     /// Looks at the fused bits. Returns whether the command goes on as a normal one.
+    #[inline]
     pub(super) fn fuse(
         &mut self,
         index: u32,
@@ -27,8 +28,23 @@ impl<S: MemorySource> NvmeQueues<S> {
             Some(Some(sq)) => sq.fused.take(),
             _ => None,
         };
+        if command.fuse() == 0 && waiting.is_none() {
+            return Ok(true);
+        }
+        self.fuse_with(queue, waiting, index, command, guest, batch)
+    }
+
+    /// [`fuse`](Self::fuse), where this command or the one before is a half.
+    fn fuse_with(
+        &mut self,
+        queue: usize,
+        waiting: Option<u32>,
+        index: u32,
+        command: &Command,
+        guest: &mut BatchMemory<'_, S::M>,
+        batch: &mut Batch,
+    ) -> Result<bool, Status> {
         match (command.fuse(), waiting) {
-            (0, None) => Ok(true),
             (SECOND, Some(first)) if command.opcode == opcode::WRITE => {
                 self.slots[index].step = Step::FusedWait;
                 self.start_pair(first, index, guest, batch);
@@ -95,18 +111,19 @@ impl<S: MemorySource> NvmeQueues<S> {
         // A pair that was parked may use its namespace already.
         let used = self.slots[first].namespace;
         let used = used.and_then(|place| self.namespaces.get(place)?.as_ref());
-        let namespace = match used {
-            Some(attached) => std::sync::Arc::clone(&attached.namespace),
+        let used = match used {
+            Some(attached) => std::rc::Rc::clone(attached),
             None => self.use_namespace(first, &compare)?.1,
         };
-        self.may(&namespace, &compare)?;
-        self.may(&namespace, &write)?;
-        let (offset, len) = self.transfer(&namespace, &compare)?;
+        let namespace = &*used.namespace;
+        self.may(namespace, &compare)?;
+        self.may(namespace, &write)?;
+        let (offset, len) = self.transfer(namespace, &compare)?;
         if compare.blocks() > 1 {
             // ACWU says one block.
             return Err(Status::ATOMIC_WRITE_UNIT_EXCEEDED);
         }
-        check_marks(&namespace, offset, len)?;
+        check_marks(namespace, offset, len)?;
         self.map_data(first, &compare, len, false, guest)?;
         self.map_data(second, &write, len, false, guest)?;
         self.slots[first].step = Step::FusedCompare { second };
@@ -174,8 +191,8 @@ impl<S: MemorySource> NvmeQueues<S> {
             self.end_pair(first, Status::SUCCESS, second, failed);
             return;
         };
-        if let Some(Some(attached)) = self.namespaces.get_mut(place) {
-            attached.users += 1;
+        if let Some(Some(attached)) = self.namespaces.get(place) {
+            attached.enter();
         }
         // It stays alone until the second has written, whatever happens meanwhile.
         self.slots[first].step = Step::FusedCompare { second };

@@ -1,6 +1,6 @@
 //! I/O commands of the NVM command set: which goes where, and the simple ones.
 
-use std::sync::Arc;
+use std::{rc::Rc, sync::Arc};
 
 use block::io::{Buffers, RequestOp};
 use vm_memory::Permissions;
@@ -12,7 +12,7 @@ use super::{
     pieces::{Stream, StreamKind},
     queues::NvmeQueues,
     request::{ATTRIBUTE_DEALLOCATE, check_marks, checked_range},
-    slot::Step,
+    slot::{Attached, Step},
 };
 use crate::{MemorySource, memory::BatchMemory, stats::Op, worker::Batch};
 
@@ -23,10 +23,15 @@ const DEALLOCATE: u32 = 1 << 25;
 
 impl<S: MemorySource> NvmeQueues<S> {
     /// Starts an I/O command that was just taken.
-    pub(super) fn io(&mut self, index: u32, guest: &mut BatchMemory<'_, S::M>, batch: &mut Batch) {
-        let command = self.slots[index].command;
-        let outcome = match self.fuse(index, &command, guest, batch) {
-            Ok(true) => self.start_io(index, &command, guest, batch),
+    pub(super) fn io(
+        &mut self,
+        index: u32,
+        command: &Command,
+        guest: &mut BatchMemory<'_, S::M>,
+        batch: &mut Batch,
+    ) {
+        let outcome = match self.fuse(index, command, guest, batch) {
+            Ok(true) => self.start_io(index, command, guest, batch),
             Ok(false) => Ok(()),
             Err(status) => Err(status),
         };
@@ -65,22 +70,23 @@ impl<S: MemorySource> NvmeQueues<S> {
         if command.opcode == opcode::FLUSH && command.nsid == u32::MAX {
             return self.flush_all(index, batch);
         }
-        let (place, namespace) = self.use_namespace(index, command)?;
-        self.may(&namespace, command)?;
+        let (place, used) = self.use_namespace(index, command)?;
+        let namespace = &used.namespace;
+        self.may(namespace, command)?;
         match command.opcode {
-            opcode::READ => self.read(index, place, &namespace, command, guest, batch),
-            opcode::WRITE => self.write(index, place, &namespace, command, guest, batch),
-            opcode::FLUSH => self.flush(index, place, &namespace, batch),
-            opcode::WRITE_ZEROES => self.write_zeroes(index, place, &namespace, command, batch),
+            opcode::READ => self.read(index, place, namespace, command, guest, batch),
+            opcode::WRITE => self.write(index, place, namespace, command, guest, batch),
+            opcode::FLUSH => self.flush(index, place, namespace, batch),
+            opcode::WRITE_ZEROES => self.write_zeroes(index, place, namespace, command, batch),
             opcode::DATASET_MANAGEMENT => {
-                self.dataset_management(index, place, &namespace, command, guest, batch)
+                self.dataset_management(index, place, namespace, command, guest, batch)
             }
             opcode::COMPARE | opcode::VERIFY => {
-                self.start_stream(index, place, &namespace, command, guest, batch)
+                self.start_stream(index, place, namespace, command, guest, batch)
             }
-            opcode::COPY => self.start_copy(index, place, &namespace, command, guest, batch),
-            opcode::WRITE_UNCORRECTABLE => self.write_uncorrectable(index, &namespace, command),
-            _ => self.reservation(index, &namespace, command, guest),
+            opcode::COPY => self.start_copy(index, place, namespace, command, guest, batch),
+            opcode::WRITE_UNCORRECTABLE => self.write_uncorrectable(index, namespace, command),
+            _ => self.reservation(index, namespace, command, guest),
         }
     }
 
@@ -94,8 +100,8 @@ impl<S: MemorySource> NvmeQueues<S> {
         batch: &mut Batch,
     ) -> Result<(), Status> {
         let (offset, len) = self.transfer(namespace, command)?;
-        self.slots[index].op = Op::Read;
-        self.slots[index].bytes = len;
+        let slot = &mut self.slots[index];
+        (slot.op, slot.bytes) = (Op::Read, len);
         check_marks(namespace, offset, len)?;
         let buckets = self.map_data(index, command, len, true, guest)?;
         if buckets {
@@ -118,8 +124,8 @@ impl<S: MemorySource> NvmeQueues<S> {
         batch: &mut Batch,
     ) -> Result<(), Status> {
         let (offset, len) = self.transfer(namespace, command)?;
-        self.slots[index].op = Op::Write;
-        self.slots[index].bytes = len;
+        let slot = &mut self.slots[index];
+        (slot.op, slot.bytes) = (Op::Write, len);
         self.map_data(index, command, len, false, guest)?;
         let buffers = guest
             .buffers(&self.slots[index].data, Permissions::Read)
@@ -154,7 +160,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     /// Flush of all namespaces.
     fn flush_all(&mut self, index: u32, batch: &mut Batch) -> Result<(), Status> {
         self.slots[index].op = Op::Flush;
-        let writable = |at: &super::slot::Attached| !at.gone && !at.namespace.is_read_only();
+        let writable = |at: &Rc<Attached>| !at.gone.get() && !at.namespace.is_read_only();
         let places: Vec<usize> = (0..self.namespaces.len())
             .filter(|place| self.namespaces[*place].as_ref().is_some_and(writable))
             .collect();

@@ -101,6 +101,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         }
     }
 
+    #[inline]
     fn posted_one(&mut self, index: u32, now: u64) {
         let queue = self.slots[index].queue;
         self.slots.release(index);
@@ -110,10 +111,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             let total = self.port().busy.load(Ordering::Relaxed);
             self.port().busy.store(total + busy, Ordering::Relaxed);
         }
-        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(queue)) {
-            sq.outstanding = sq.outstanding.saturating_sub(1);
-            self.finish_deletion(queue);
-        }
+        self.posted_of(queue);
     }
 
     /// Interrupts for `count` new entries, unless coalescing says later.

@@ -25,7 +25,8 @@ pub(super) fn append(data: &mut Data, address: u64, len: u32) {
 
 /// Appends the `len` bytes that two PRP entries name. A list is copied page by page and each copy
 /// is what counts; every page but the first, which may start anywhere in it, brings at least one
-/// page of data, so that the length bounds the work.
+/// page of data, so that the length bounds the work. `page` is a power of two.
+#[inline]
 pub(super) fn map<M: GuestMemory>(
     memory: &M,
     [first, second]: [u64; 2],
@@ -39,18 +40,31 @@ pub(super) fn map<M: GuestMemory>(
     if first & 3 != 0 {
         return Err(Status::PRP_OFFSET_INVALID);
     }
-    let head = (page - first % page).min(len);
+    debug_assert!(page.is_power_of_two());
+    let head = (page - (first & (page - 1))).min(len);
     append(data, first, head as u32);
-    let mut left = len - head;
+    let left = len - head;
     if left == 0 {
         return Ok(());
     }
+    map_rest(memory, second, left, page, data)
+}
+
+/// Appends what is beyond the first page.
+fn map_rest<M: GuestMemory>(
+    memory: &M,
+    second: u64,
+    mut left: u64,
+    page: u64,
+    data: &mut Data,
+) -> Result<(), Status> {
+    let in_page = page - 1;
     if second == 0 {
         // Left out: drivers clear what they do not use, and none has data there.
         return Err(Status::INVALID_FIELD);
     }
     if left <= page {
-        if !second.is_multiple_of(page) {
+        if second & in_page != 0 {
             return Err(Status::PRP_OFFSET_INVALID);
         }
         append(data, second, left as u32);
@@ -61,7 +75,7 @@ pub(super) fn map<M: GuestMemory>(
     }
     let mut list = second;
     loop {
-        let room = (page - list % page) / 8;
+        let room = (page - (list & in_page)) / 8;
         let needed = left.div_ceil(page);
         // Where the list goes on, its last entry in the page says where.
         let (here, chained) = if needed > room {
@@ -76,7 +90,7 @@ pub(super) fn map<M: GuestMemory>(
         let mut next = [0; 8];
         read(memory, &mut next, list.wrapping_add(here * 8))?;
         list = u64::from_le_bytes(next);
-        if !list.is_multiple_of(page) {
+        if list & in_page != 0 {
             return Err(Status::PRP_OFFSET_INVALID);
         }
     }
@@ -98,7 +112,7 @@ fn entries<M: GuestMemory>(
         read(memory, bytes, list)?;
         for entry in bytes.chunks_exact(8) {
             let entry = super::command::le64(entry, 0);
-            if !entry.is_multiple_of(page) {
+            if entry & (page - 1) != 0 {
                 return Err(Status::PRP_OFFSET_INVALID);
             }
             let len = left.min(page);

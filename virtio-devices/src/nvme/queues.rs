@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    rc::Rc,
     sync::{Arc, atomic::Ordering},
     time::Instant,
 };
@@ -15,7 +16,6 @@ use super::{
     core::{AbortReply, Core, Mail, NewCq, NewSq, Port},
     doorbell::Shadow,
     events,
-    namespace::Namespace,
     ring::{CompletionRing, SubmissionRing},
     slot::{Attached, Slots, Step},
 };
@@ -92,7 +92,7 @@ pub struct NvmeQueues<S: MemorySource> {
     pub(super) parked: Vec<u32>,
     /// Aborts that were dealt with and not answered.
     pub(super) abort_replies: Vec<AbortReply>,
-    pub(super) namespaces: Vec<Option<Attached>>,
+    pub(super) namespaces: Vec<Option<Rc<Attached>>>,
     last_namespace: usize,
     pub(super) namespaces_version: Option<u32>,
     pub(super) shadow: Option<Shadow>,
@@ -250,7 +250,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         self.finish_deletion(id);
     }
 
-    pub(super) fn finish_deletion(&mut self, id: u16) {
+    fn finish_deletion(&mut self, id: u16) {
         let Some(Some(sq)) = self.sqs.get(usize::from(id)) else {
             return;
         };
@@ -261,6 +261,17 @@ impl<S: MemorySource> NvmeQueues<S> {
             self.active.retain(|active| *active != id);
             self.next = 0;
             self.reply(token);
+        }
+    }
+
+    /// A command of a queue was posted.
+    #[inline]
+    pub(super) fn posted_of(&mut self, id: u16) {
+        if let Some(Some(sq)) = self.sqs.get_mut(usize::from(id)) {
+            sq.outstanding = sq.outstanding.saturating_sub(1);
+            if sq.deleting.is_some() {
+                self.finish_deletion(id);
+            }
         }
     }
 
@@ -344,6 +355,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// A command has ended: it is posted with the next batch, and in the error log if it failed.
+    #[inline]
     pub(super) fn end(&mut self, index: u32, status: Status) {
         if !status.is_success() {
             let slot = &self.slots[index];
@@ -367,7 +379,8 @@ impl<S: MemorySource> NvmeQueues<S> {
         if let Some(Some(cq)) = self.cqs.get_mut(usize::from(cq)) {
             cq.ended.push_back(index);
             self.waiting_to_post += 1;
-            if !self.ready.contains(&cq.id) {
+            // Mostly it is the one that the command before ended to.
+            if self.ready.last() != Some(&cq.id) && !self.ready.contains(&cq.id) {
                 self.ready.push(cq.id);
             }
         } else {
@@ -376,6 +389,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// Gives back what a command holds of its namespace.
+    #[inline]
     pub(super) fn let_go(&mut self, index: u32) {
         let slot = &mut self.slots[index];
         let Some(place) = slot.namespace.take() else {
@@ -385,10 +399,15 @@ impl<S: MemorySource> NvmeQueues<S> {
             std::mem::take(&mut slot.gated),
             std::mem::take(&mut slot.alone),
         );
-        let Some(Some(attached)) = self.namespaces.get_mut(place) else {
+        let Some(Some(attached)) = self.namespaces.get(place) else {
             return;
         };
-        attached.users = attached.users.saturating_sub(1);
+        if attached.leave() {
+            self.namespaces_version = None;
+        }
+        if !gated && !alone {
+            return;
+        }
         let gate = &attached.namespace.gate;
         let mut wake = false;
         if gated {
@@ -398,20 +417,18 @@ impl<S: MemorySource> NvmeQueues<S> {
             gate.release();
             wake = true;
         }
-        if attached.gone && attached.users == 0 {
-            self.namespaces_version = None;
-        }
         if wake {
             self.core.subsystem.tell(|_, listener| listener.wake());
         }
     }
 
     /// Uses a namespace for a command; the place of it in this worker.
-    pub(super) fn attach(&mut self, index: u32, nsid: u32) -> Option<(usize, Arc<Namespace>)> {
-        let is = |attached: &Option<Attached>| {
+    #[inline]
+    pub(super) fn attach(&mut self, index: u32, nsid: u32) -> Option<(usize, Rc<Attached>)> {
+        let is = |attached: &Option<Rc<Attached>>| {
             attached
                 .as_ref()
-                .is_some_and(|it| it.namespace.nsid() == nsid && !it.gone)
+                .is_some_and(|it| it.namespace.nsid() == nsid && !it.gone.get())
         };
         let place = if self.namespaces.get(self.last_namespace).is_some_and(is) {
             self.last_namespace
@@ -419,25 +436,31 @@ impl<S: MemorySource> NvmeQueues<S> {
             self.namespaces.iter().position(is)?
         };
         self.last_namespace = place;
-        let attached = self.namespaces.get_mut(place)?.as_mut()?;
-        attached.users += 1;
+        let attached = self.namespaces.get(place)?.as_ref()?;
+        attached.enter();
         self.slots[index].namespace = Some(place);
-        Some((place, Arc::clone(&attached.namespace)))
+        Some((place, Rc::clone(attached)))
     }
 
     /// The data plane of a namespace that this worker uses.
-    pub(super) fn plane(&mut self, place: usize, batch: &mut Batch) -> Result<usize, Status> {
+    #[inline]
+    pub(super) fn plane(&self, place: usize, batch: &mut Batch) -> Result<usize, Status> {
         let attached = self.namespaces[place]
-            .as_mut()
+            .as_ref()
             .ok_or(Status::INTERNAL_ERROR)?;
-        if let Some(plane) = attached.plane {
-            return Ok(plane);
+        match attached.plane.get() {
+            Some(plane) => Ok(plane),
+            None => self.make_plane(attached, batch),
         }
+    }
+
+    #[cold]
+    fn make_plane(&self, attached: &Attached, batch: &mut Batch) -> Result<usize, Status> {
         let depth = self.core.config.ring_depth;
         match attached.namespace.disk().create_async_io(depth) {
             Ok(io) => {
                 let plane = batch.attach(io);
-                attached.plane = Some(plane);
+                attached.plane.set(Some(plane));
                 Ok(plane)
             }
             Err(error) => {
@@ -458,10 +481,10 @@ impl<S: MemorySource> NvmeQueues<S> {
         for place in &mut self.namespaces {
             let Some(attached) = place else { continue };
             if !now.iter().any(|it| Arc::ptr_eq(it, &attached.namespace)) {
-                attached.gone = true;
+                attached.gone.set(true);
             }
-            if attached.gone && attached.users == 0 {
-                if let Some(plane) = attached.plane {
+            if attached.gone.get() && attached.users.get() == 0 {
+                if let Some(plane) = attached.plane.get() {
                     batch.detach(plane);
                 }
                 *place = None;
@@ -471,16 +494,11 @@ impl<S: MemorySource> NvmeQueues<S> {
             let known = self.namespaces.iter().flatten();
             if known
                 .into_iter()
-                .any(|it| Arc::ptr_eq(&it.namespace, &namespace) && !it.gone)
+                .any(|it| Arc::ptr_eq(&it.namespace, &namespace) && !it.gone.get())
             {
                 continue;
             }
-            let attached = Some(Attached {
-                namespace,
-                plane: None,
-                users: 0,
-                gone: false,
-            });
+            let attached = Some(Rc::new(Attached::new(namespace)));
             match self.namespaces.iter().position(Option::is_none) {
                 Some(free) => self.namespaces[free] = attached,
                 None => self.namespaces.push(attached),

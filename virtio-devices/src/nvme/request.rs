@@ -1,12 +1,21 @@
 //! What I/O commands share: checks, block requests, and how they end.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    rc::Rc,
+    sync::{Arc, atomic::Ordering},
+};
 
 use block::io::RequestOp;
 
 use super::{
-    Namespace, Status, command::Command, core::Mail, namespace::flag, opcode::io as opcode,
-    queues::NvmeQueues, reservation::Access, slot::Step,
+    Namespace, Status,
+    command::Command,
+    core::Mail,
+    namespace::flag,
+    opcode::io as opcode,
+    queues::NvmeQueues,
+    reservation::Access,
+    slot::{Attached, Step},
 };
 use crate::{MemorySource, stats::Op, worker::Batch};
 
@@ -35,22 +44,35 @@ fn access(command: &Command) -> Option<Access> {
     }
 }
 
+/// Whether there is such an I/O command.
+fn is_known(opcode: u8) -> bool {
+    matches!(
+        opcode,
+        opcode::FLUSH
+            | opcode::WRITE
+            | opcode::READ
+            | opcode::WRITE_UNCORRECTABLE
+            | opcode::COMPARE
+            | opcode::WRITE_ZEROES
+            | opcode::DATASET_MANAGEMENT
+            | opcode::VERIFY
+            | opcode::RESERVATION_REGISTER
+            | opcode::RESERVATION_REPORT
+            | opcode::RESERVATION_ACQUIRE
+            | opcode::RESERVATION_RELEASE
+            | opcode::COPY
+    )
+}
+
 impl<S: MemorySource> NvmeQueues<S> {
     /// The namespace of a command.
+    #[inline]
     pub(super) fn use_namespace(
         &mut self,
         index: u32,
         command: &Command,
-    ) -> Result<(usize, Arc<Namespace>), Status> {
-        let known = access(command).is_some()
-            || matches!(
-                command.opcode,
-                opcode::RESERVATION_REGISTER
-                    | opcode::RESERVATION_REPORT
-                    | opcode::RESERVATION_ACQUIRE
-                    | opcode::RESERVATION_RELEASE
-            );
-        if !known {
+    ) -> Result<(usize, Rc<Attached>), Status> {
+        if !is_known(command.opcode) {
             return Err(Status::INVALID_OPCODE);
         }
         if command.nsid == 0 || command.nsid > super::subsystem::MAX_NAMESPACES {
@@ -62,12 +84,18 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// The state of the namespace, or a reservation, may forbid a command.
+    #[inline]
     pub(super) fn may(&self, namespace: &Namespace, command: &Command) -> Result<(), Status> {
         let flags = namespace.flags();
-        let sanitize = &self.core.subsystem.sanitize;
-        if flags == 0 && !sanitize.has_failed() {
+        if flags == 0 && !self.core.subsystem.sanitize.has_failed() {
             return Ok(());
         }
+        self.may_with(flags, namespace, command)
+    }
+
+    /// [`may`](Self::may), where something is out of the ordinary.
+    fn may_with(&self, flags: u32, namespace: &Namespace, command: &Command) -> Result<(), Status> {
+        let sanitize = &self.core.subsystem.sanitize;
         let access = access(command);
         if flags & flag::SANITIZING != 0 {
             return Err(Status::SANITIZE_IN_PROGRESS);
@@ -114,6 +142,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// First byte and length of a read, write or compare.
+    #[inline]
     pub(super) fn transfer(
         &self,
         namespace: &Namespace,
@@ -126,6 +155,7 @@ impl<S: MemorySource> NvmeQueues<S> {
         Ok((offset, len))
     }
 
+    #[inline]
     pub(super) fn push(
         &mut self,
         index: u32,
@@ -180,6 +210,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// The block requests of a simple command have ended.
+    #[inline]
     pub(super) fn finish(&mut self, index: u32, status: Status) {
         let slot = &self.slots[index];
         let writes = matches!(slot.op, Op::Write | Op::WriteZeroes | Op::Discard);
@@ -211,6 +242,7 @@ impl<S: MemorySource> NvmeQueues<S> {
 }
 
 /// First byte and length of the blocks that a command names.
+#[inline]
 pub(super) fn checked_range(
     namespace: &Namespace,
     command: &Command,
@@ -224,6 +256,7 @@ pub(super) fn checked_range(
 }
 
 /// Blocks marked uncorrectable cannot be read.
+#[inline]
 pub(super) fn check_marks(namespace: &Namespace, offset: u64, len: u64) -> Result<(), Status> {
     if namespace.flags() & flag::UNCORRECTABLE != 0
         && namespace.uncorrectable().overlaps(offset, len)

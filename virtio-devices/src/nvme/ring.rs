@@ -55,6 +55,7 @@ impl SubmissionRing {
     }
 
     /// Copies the entry at the head and steps over it.
+    #[inline]
     pub(super) fn fetch<M: GuestMemory>(
         &mut self,
         window: &mut Window<'_, M>,
@@ -82,17 +83,16 @@ impl SubmissionRing {
             .checked_add(u64::from(place) * SQE)
             .map(GuestAddress)
             .ok_or(OutsideMemory)?;
-        let mut bytes = [0; SQE as usize];
-        match window.get(at, bytes.len(), Permissions::Read) {
+        let mut entry = [0_u64; SQE as usize / 8];
+        match window.get(at, SQE as usize, Permissions::Read) {
             Some(slice) => {
-                slice.copy_to(&mut bytes[..]);
+                slice.copy_to(&mut entry[..]);
             }
-            None => window
-                .memory()
-                .read_slice(&mut bytes, at)
-                .map_err(|_| OutsideMemory)?,
+            None => {
+                entry = window.memory().read_obj(at).map_err(|_| OutsideMemory)?;
+            }
         }
-        Ok(Command::parse(&bytes))
+        Ok(Command::parse(entry))
     }
 }
 
@@ -135,6 +135,7 @@ impl CompletionRing {
 
     /// Writes an entry: the half with the phase bit last, in one store, so that the host sees it
     /// whole or not at all.
+    #[inline]
     pub(super) fn post<M: GuestMemory>(
         &mut self,
         window: &mut Window<'_, M>,

@@ -1,9 +1,9 @@
 //! Commands that were taken and not yet posted.
 
-use std::sync::Arc;
+use std::{cell::Cell, sync::Arc};
 
 use super::{
-    Status,
+    Namespace, Status,
     command::Command,
     pieces::{CopyState, Stream},
 };
@@ -67,6 +67,7 @@ pub(super) struct Slots {
 
 impl Slots {
     /// A slot for a command that was just taken.
+    #[inline]
     pub(super) fn begin(&mut self, queue: u16, command: Command, started: u64) -> u32 {
         let index = self.free.pop().unwrap_or_else(|| {
             self.list.push(Slot::default());
@@ -151,13 +152,36 @@ impl std::ops::IndexMut<u32> for Slots {
     }
 }
 
-/// A namespace that a worker uses.
+/// A namespace that a worker uses. The worker's own commands share this, so that none of them moves a count
+/// that other threads move as well.
 pub(super) struct Attached {
-    pub(super) namespace: Arc<super::Namespace>,
+    pub(super) namespace: Arc<Namespace>,
     /// Its data plane, once one was needed.
-    pub(super) plane: Option<usize>,
+    pub(super) plane: Cell<Option<usize>>,
     /// Commands that use it.
-    pub(super) users: u32,
+    pub(super) users: Cell<u32>,
     /// Detached: it goes when the last command has ended.
-    pub(super) gone: bool,
+    pub(super) gone: Cell<bool>,
+}
+
+impl Attached {
+    pub(super) fn new(namespace: Arc<Namespace>) -> Self {
+        Self {
+            namespace,
+            plane: Cell::new(None),
+            users: Cell::new(0),
+            gone: Cell::new(false),
+        }
+    }
+
+    /// One more command uses it.
+    pub(super) fn enter(&self) {
+        self.users.set(self.users.get() + 1);
+    }
+
+    /// A command has ended; whether it was the last of a namespace that is detached.
+    pub(super) fn leave(&self) -> bool {
+        self.users.set(self.users.get().saturating_sub(1));
+        self.gone.get() && self.users.get() == 0
+    }
 }

@@ -35,6 +35,7 @@ impl<S: MemorySource> NvmeQueues<S> {
     }
 
     /// Counts a command of a queue that is there, and gives it a slot.
+    #[inline]
     pub(super) fn begin(&mut self, queue: u16, command: Command, now: u64) -> u32 {
         if let Some(Some(sq)) = self.sqs.get_mut(usize::from(queue)) {
             sq.outstanding += 1;
@@ -116,7 +117,7 @@ impl<S: MemorySource> NvmeQueues<S> {
             if self.is_admin() {
                 self.admin(index, guest);
             } else {
-                self.io(index, guest, batch);
+                self.io(index, &command, guest, batch);
             }
         }
         self.step_over(id);
