@@ -323,6 +323,30 @@ fn a_bench_verifies_and_reports() {
 }
 
 #[test]
+fn a_bench_drives_every_device_at_any_depth() {
+    let lab = Lab::new();
+    ok(lab.platter(&["create", "-q", "-f", "raw", "a.raw", "8M"]));
+    for device in ["nvme", "ahci", "virtio-blk"] {
+        for (depth, bytes) in [("1", "4k"), ("3", "64k"), ("32", "512")] {
+            let load = [
+                "bench",
+                "a.raw",
+                "-f",
+                "raw",
+                "--rw",
+                "randrw",
+                "--verify",
+                "--runtime",
+                "0.05",
+            ];
+            let more = ["--bs", bytes, "--iodepth", depth, "--device", device];
+            let table = ok(lab.platter(&[&load[..], &more].concat()));
+            assert!(table.contains(device), "{depth}: {table}");
+        }
+    }
+}
+
+#[test]
 fn documentation_is_made() {
     let lab = Lab::new();
     assert!(ok(lab.platter(&["completions", "bash"])).contains("platter"));

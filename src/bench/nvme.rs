@@ -90,7 +90,9 @@ impl NvmeLane {
             .map_or(9, |it| it.lba_size().trailing_zeros());
 
         // The admin queue, the I/O queues, a PRP list for each slot, the data.
-        let (sq, cq) = (0x4000, 0x4000 + u64::from(size) * 64);
+        // Queues begin with a page.
+        let sq = 0x4000;
+        let cq = sq + (u64::from(size) * 64).next_multiple_of(4096);
         let lists = (cq + u64::from(size) * 16).next_multiple_of(4096);
         let list_bytes = 8 * bs.div_ceil(4096);
         let list_stride = list_bytes.next_multiple_of(4096);
