@@ -50,9 +50,7 @@ fn written(guest: &Guest) -> Vec<u64> {
 #[test]
 fn a_command_at_the_disk_or_nowhere_is_not_aborted() {
     let mut guest = Guest::with_queues(Setup::default(), 1);
-    guest.disks[0].hold(true);
-    let cid = guest.post(0, &[write(0, 1)])[0];
-    guest.process();
+    let cid = guest.post_held(0, &[write(0, 1)])[0];
     assert_eq!(abort(&mut guest, 1, cid), 1);
     assert_eq!(abort(&mut guest, 1, 0x7777), 1);
     assert_eq!(abort(&mut guest, 2, cid), 1, "no such queue");
@@ -66,10 +64,8 @@ fn a_command_at_the_disk_or_nowhere_is_not_aborted() {
 #[test]
 fn commands_that_were_not_taken_yet_never_reach_the_disk() {
     let mut guest = Guest::with_queues(narrow(), 1);
-    guest.disks[0].hold(true);
     let entries: Vec<Entry> = (0..5).map(|slba| write(slba, 1)).collect();
-    let cids = guest.post(0, &entries);
-    guest.process();
+    let cids = guest.post_held(0, &entries);
     assert_eq!(guest.disks[0].held(), 2);
     // The next one needs no room to end.
     assert_eq!(abort(&mut guest, 1, cids[2]), 0);
@@ -79,8 +75,7 @@ fn commands_that_were_not_taken_yet_never_reach_the_disk() {
     assert_eq!(abort(&mut guest, 1, cids[4]), 0);
     assert_eq!(ended(&mut guest, 0), [(cids[4], Status::ABORT_REQUESTED)]);
     assert_eq!(abort(&mut guest, 1, cids[4]), 1);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let mut rest = ended(&mut guest, 0);
     rest.sort_unstable_by_key(|it| it.0);
     let expected = [
@@ -102,9 +97,7 @@ fn commands_that_were_not_taken_yet_never_reach_the_disk() {
 fn either_half_of_a_pair_at_the_gate_takes_the_other_with_it() {
     for half in 0..2 {
         let mut guest = Guest::with_queues(Setup::default(), 2);
-        guest.disks[0].hold(true);
-        let before = guest.post(0, &[write(8, 1)])[0];
-        guest.process();
+        let before = guest.post_held(0, &[write(8, 1)])[0];
         let pair = guest.post(1, &fused());
         guest.process();
         assert_eq!(guest.disks[0].held(), 1, "the pair waits for the write");
@@ -127,9 +120,7 @@ fn either_half_of_a_pair_at_the_gate_takes_the_other_with_it() {
 #[test]
 fn a_write_that_waits_for_a_pair_is_aborted_and_the_pair_is_not() {
     let mut guest = Guest::with_queues(Setup::default(), 2);
-    guest.disks[0].hold(true);
-    let pair = guest.post(1, &fused());
-    guest.process();
+    let pair = guest.post_held(1, &fused());
     let cid = guest.post(0, &[write(8, 1)])[0];
     guest.process();
     assert_eq!(guest.disks[0].held(), 1, "the pair compares");
@@ -138,8 +129,7 @@ fn a_write_that_waits_for_a_pair_is_aborted_and_the_pair_is_not() {
     for half in &pair {
         assert_eq!(abort(&mut guest, 2, *half), 1, "the disk has it");
     }
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let done = ended(&mut guest, 1);
     assert!(done.iter().all(|it| it.1.is_success()), "{done:?}");
     assert_eq!(written(&guest), [3]);
@@ -179,8 +169,7 @@ fn block_requests_that_wait_for_room_are_taken_back() {
     assert_eq!(abort(&mut guest, 1, cids[0]), 0);
     let first = [(cids[0], Status::ABORT_REQUESTED)];
     assert_eq!(ended(&mut guest, 0), first);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     assert_eq!(ended(&mut guest, 0), [(cids[1], Status::SUCCESS)]);
     let log = guest.disks[0].log();
     let flushes = log.iter().filter(|it| **it == Logged::Flush);
@@ -190,13 +179,10 @@ fn block_requests_that_wait_for_room_are_taken_back() {
 #[test]
 fn an_aborted_command_stays_aborted_in_a_saved_state() {
     let mut guest = Guest::with_queues(narrow(), 1);
-    guest.disks[0].hold(true);
     let entries: Vec<Entry> = (0..4).map(|slba| write(slba, 1)).collect();
-    let cids = guest.post(0, &entries);
-    guest.process();
+    let cids = guest.post_held(0, &entries);
     assert_eq!(abort(&mut guest, 1, cids[3]), 0);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let state = guest.save();
     let mut other = guest.moved_to(Guest::with(narrow()), &state);
     other.until("the rest", |other| written(other) == [2]);
@@ -238,8 +224,7 @@ fn an_abort_ends_after_the_command_that_it_aborts() {
         guest.take_admin(request).is_none(),
         "there is no room for it"
     );
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.process();
     assert!(guest.take_admin(request).is_none(), "still none");
     let done = ended(&mut guest, 0);
@@ -264,8 +249,7 @@ fn an_abort_that_waits_and_a_deletion_that_waits_are_saved() {
     guest.process();
     let delete = guest.post_admin(Entry::new(0).cdw(10, 1));
     guest.process();
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let state = guest.save();
     let mut other = guest.moved_to(Guest::with(narrow()), &state);
     other.process();
@@ -305,8 +289,7 @@ fn the_second_of_a_pair_that_was_not_taken() {
     guest.process();
     assert_eq!(abort(&mut guest, 1, pair[1]), 0);
     assert_eq!(ended(&mut guest, 0), [(pair[1], Status::ABORT_REQUESTED)]);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let done = ended(&mut guest, 0);
     let status = |cid| done.iter().find(|it| it.0 == cid).map(|it| it.1);
     assert_eq!(status(pair[0]), Some(Status::ABORTED_MISSING_FUSED));

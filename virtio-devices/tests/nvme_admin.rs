@@ -6,7 +6,7 @@ mod nvme_common;
 use std::sync::Arc;
 
 use block::DiskFile;
-use nvme_common::{DATA, Guest, PAGE, Setup, le32, le64, read, with_sidecar, write};
+use nvme_common::{DATA, Guest, PAGE, Setup, le32, le64, read, scope, with_sidecar, write};
 use virtio_devices::{
     nvme::{NamespaceConfig, NvmeConfig, PoolConfig, Status, SubsystemConfig, driver::Entry},
     testing::{MockDisk, MockDiskConfig},
@@ -375,6 +375,35 @@ fn what_version_2_makes_mandatory_is_there() {
     assert_eq!(le32(&effects, 1024 + 2 * 4), 1 | 1 << 20);
     assert_eq!(le32(&effects, 1024 + 4), 3 | 1 << 20);
     assert_eq!(guest.read32(0x68) & 0xffff, 40);
+}
+
+#[test]
+fn every_command_has_a_scope_because_lpa_says_so() {
+    const NAMESPACE: u32 = 1;
+    const CONTROLLER: u32 = 2;
+    const SUBSYSTEM: u32 = 32;
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::with_queues(with_sidecar(&folder, true), 1);
+    assert_eq!(guest.identify(1, 0)[261] & 1 << 5, 1 << 5);
+    let effects = guest.log(5, 4096);
+    let mut supported = [0, 0];
+    for opcode in 0..=u8::MAX {
+        if let Some(scope) = scope(&effects, false, opcode) {
+            supported[0] += 1;
+            let expected = match opcode {
+                0x09 => CONTROLLER | NAMESPACE,
+                0x80 => NAMESPACE,
+                0x84 => SUBSYSTEM | NAMESPACE,
+                _ => CONTROLLER,
+            };
+            assert_eq!(scope, expected, "admin command {opcode:#x}");
+        }
+        if let Some(scope) = scope(&effects, true, opcode) {
+            supported[1] += 1;
+            assert_eq!(scope, NAMESPACE, "I/O command {opcode:#x}");
+        }
+    }
+    assert_eq!(supported, [13, 13]);
 }
 
 #[test]

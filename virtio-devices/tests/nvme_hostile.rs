@@ -187,8 +187,7 @@ fn a_command_that_changes_after_it_was_posted_is_taken_once() {
     // The entry is overwritten while it is in flight.
     let (sq, _) = nvme_common::queue_addresses(1);
     guest.fill(sq, 64, 0xff);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.process();
     let done = guest.poll(0);
     assert_eq!(done.len(), 1);
@@ -229,8 +228,7 @@ fn more_than_the_queue_holds_stays_bounded() {
             break;
         }
     }
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.process();
     guest.disable();
     guest.enable();

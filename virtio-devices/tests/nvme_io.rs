@@ -272,9 +272,7 @@ fn halves_of_fused_pairs_are_aborted() {
 #[test]
 fn a_fused_pair_waits_for_writes_and_holds_others_back() {
     let mut guest = guest();
-    guest.disks[0].hold(true);
-    guest.post(0, &[write(8, 1)]);
-    guest.process();
+    guest.post_held(0, &[write(8, 1)]);
     assert_eq!(guest.disks[0].held(), 1);
     guest.fill(DATA + 512, 512, 9);
     // The pair on the other queue, which another worker has.
@@ -285,8 +283,7 @@ fn a_fused_pair_waits_for_writes_and_holds_others_back() {
     guest.post(0, &[write(9, 1), read(10, 1)]);
     guest.process();
     assert_eq!(guest.disks[0].held(), 2, "reads go on, writes wait");
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let (mut first, mut second) = (0, 0);
     guest.until("everything", |guest| {
         first += guest.poll(0).len();

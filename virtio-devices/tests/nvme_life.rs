@@ -134,15 +134,12 @@ fn a_disabled_controller_forgets_its_queues_and_starts_again() {
 #[test]
 fn a_reset_with_commands_in_flight_waits_for_the_disk_and_posts_nothing() {
     let mut guest = Guest::with_queues(Setup::default(), 1);
-    guest.disks[0].hold(true);
-    guest.post(0, &[write(0, 8), write(8, 8)]);
-    guest.process();
+    guest.post_held(0, &[write(0, 8), write(8, 8)]);
     assert_eq!(guest.disks[0].held(), 2);
     guest.write32(CC, 0);
     guest.process();
     assert!(guest.ready(), "the disk still has the guest's memory");
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.until("reset", |guest| !guest.ready());
     assert!(guest.queues[0].next().is_none());
     guest.enable();
@@ -153,14 +150,11 @@ fn a_reset_with_commands_in_flight_waits_for_the_disk_and_posts_nothing() {
 #[test]
 fn an_enable_during_a_reset_comes_after_it() {
     let mut guest = Guest::with_queues(Setup::default(), 1);
-    guest.disks[0].hold(true);
-    guest.post(0, &[write(0, 8)]);
-    guest.process();
+    guest.post_held(0, &[write(0, 8)]);
     guest.write32(CC, 0);
     guest.process();
     guest.write32(CC, CC_ENABLE);
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     let (sq, cq) = nvme_common::queue_addresses(0);
     guest.admin = virtio_devices::nvme::driver::QueuePair::new(&guest.memory, 0, sq, cq, 32);
     guest.until("enable", |guest| guest.ready());
@@ -276,14 +270,11 @@ fn several_submission_queues_share_a_completion_queue() {
 #[test]
 fn a_deleted_queue_finishes_what_it_has() {
     let mut guest = Guest::with_queues(Setup::default(), 1);
-    guest.disks[0].hold(true);
-    guest.post(0, &[write(0, 8)]);
-    guest.process();
+    guest.post_held(0, &[write(0, 8)]);
     let cid = guest.post_admin(Entry::new(0).cdw(10, 1));
     guest.process();
     assert!(guest.take_admin(cid).is_none());
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.process();
     assert_eq!(guest.poll(0).len(), 1);
     assert!(guest.take_admin(cid).unwrap().status.is_success());
@@ -329,9 +320,7 @@ fn impossible_queues_are_refused() {
 #[test]
 fn what_has_ended_when_a_reset_comes_is_not_posted() {
     let mut guest = Guest::with_queues(Setup::default(), 1);
-    guest.disks[0].hold(true);
-    guest.post(0, &[write(0, 1), write(8, 1)]);
-    guest.process();
+    guest.post_held(0, &[write(0, 1), write(8, 1)]);
     assert_eq!(guest.disks[0].held(), 2);
     // The first has ended, but its worker sees the reset before it posts; the second is at the disk.
     assert!(guest.disks[0].release(0));
@@ -342,8 +331,7 @@ fn what_has_ended_when_a_reset_comes_is_not_posted() {
         guest.ready(),
         "the disk has something of the guest's memory"
     );
-    guest.disks[0].hold(false);
-    guest.disks[0].release_all();
+    guest.let_disk_go();
     guest.until("reset", |guest| !guest.ready());
     guest.enable();
     guest.create_pair(1, 64);

@@ -6,7 +6,7 @@ mod nvme_common;
 use std::{path::Path, sync::Arc};
 
 use block::{AsyncDiskFile, Format, OpenOptions};
-use nvme_common::{DATA, Guest, PAGE, Setup, le64, read, write};
+use nvme_common::{DATA, Guest, PAGE, Setup, le64, read, scope, write};
 use virtio_devices::nvme::{
     NamespaceConfig, PoolConfig, Status, Subsystem, SubsystemConfig, driver::Entry,
 };
@@ -71,6 +71,16 @@ fn names(guest: &mut Guest, nsid: u32) -> (Vec<u8>, Vec<u8>) {
     let page = guest.identify(0x11, nsid);
     let list = guest.identify(3, nsid);
     (page[104..120].to_vec(), list[..64].to_vec())
+}
+
+#[test]
+fn managing_namespaces_has_an_effect_on_the_whole_subsystem() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = start(folder.path());
+    let effects = guest.log(5, 4096);
+    // The subsystem and namespaces; attaching one has an effect on controllers, too.
+    assert_eq!(scope(&effects, false, 0x0d), Some(32 | 1));
+    assert_eq!(scope(&effects, false, 0x15), Some(32 | 2 | 1));
 }
 
 #[test]

@@ -150,23 +150,26 @@ impl Core {
             admin::CREATE_CQ,
             admin::IDENTIFY,
             admin::ABORT,
-            admin::SET_FEATURES,
             admin::GET_FEATURES,
             admin::ASYNC_EVENT_REQUEST,
             admin::DOORBELL_BUFFER_CONFIG,
         ] {
             admin_command(code, CONTROLLER);
         }
+        // Some features are the controller's, some a namespace's.
+        admin_command(admin::SET_FEATURES, CONTROLLER | NAMESPACE);
         if self.manages() {
-            admin_command(admin::NAMESPACE_MANAGEMENT, INVENTORY | SUBSYSTEM);
-            admin_command(admin::NAMESPACE_ATTACHMENT, INVENTORY | SUBSYSTEM);
+            let manage = INVENTORY | SUBSYSTEM | NAMESPACE;
+            admin_command(admin::NAMESPACE_MANAGEMENT, manage);
+            admin_command(admin::NAMESPACE_ATTACHMENT, manage | CONTROLLER);
         }
         if self.all_remember() {
             let format = BLOCKS | CAPABILITIES | ALONE_HERE | NAMESPACE;
             admin_command(admin::FORMAT_NVM, format);
         }
         if self.can_sanitize() {
-            admin_command(admin::SANITIZE, BLOCKS | ALONE | SUBSYSTEM);
+            let sanitize = BLOCKS | ALONE | SUBSYSTEM | NAMESPACE;
+            admin_command(admin::SANITIZE, sanitize);
         }
         let mut io_command = |code: u8, effects: u32| {
             let effects = SUPPORTED | NAMESPACE | effects;
@@ -214,7 +217,7 @@ mod effect {
     pub(super) const ALONE_HERE: u32 = 1 << 16;
     /// CSE: no other command to any namespace.
     pub(super) const ALONE: u32 = 2 << 16;
-    /// CSP: what it is about.
+    /// CSP: what it may have an effect on, all of it.
     pub(super) const NAMESPACE: u32 = 1 << 20;
     pub(super) const CONTROLLER: u32 = 1 << 21;
     pub(super) const SUBSYSTEM: u32 = 1 << 25;

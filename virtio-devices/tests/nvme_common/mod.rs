@@ -338,6 +338,20 @@ impl Guest {
         cids
     }
 
+    /// [`post`](Self::post) of commands that the first disk takes and does not end.
+    pub fn post_held(&mut self, pair: usize, entries: &[Entry]) -> Vec<u16> {
+        self.disks[0].hold(true);
+        let cids = self.post(pair, entries);
+        self.process();
+        cids
+    }
+
+    /// The first disk ends what it has, and holds nothing more.
+    pub fn let_disk_go(&self) {
+        self.disks[0].hold(false);
+        self.disks[0].release_all();
+    }
+
     pub fn poll(&mut self, pair: usize) -> Vec<Completed> {
         let mut out = Vec::new();
         self.queues[pair].poll(|it| out.push(it));
@@ -450,4 +464,11 @@ pub fn le32(bytes: &[u8], at: usize) -> u32 {
 
 pub fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// What log page 05h says of a command that is supported: its bits 31:20, which are what it has an effect on.
+pub fn scope(effects: &[u8], io: bool, opcode: u8) -> Option<u32> {
+    let at = usize::from(io) * 1024 + usize::from(opcode) * 4;
+    let effects = le32(effects, at);
+    (effects & 1 != 0).then_some(effects >> 20)
 }
