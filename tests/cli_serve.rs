@@ -245,6 +245,92 @@ fn an_image_of_the_command_line_is_removed_and_never_deleted() {
     server.stop();
 }
 
+/// A qcow2 image of three megabytes; a comma in its name is doubled where it is an option.
+fn qcow2(workplace: &Workplace) -> String {
+    let image = workplace.file("disk,1.qcow2");
+    run(platter()
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&image)
+        .arg("3M"));
+    let path = image.display().to_string().replace(',', ",,");
+    format!("driver=qcow2,file.filename={path}")
+}
+
+#[test]
+fn a_disk_named_by_options_is_served() {
+    let workplace = Workplace::new();
+    let options = qcow2(&workplace);
+    for poll_max in ["0", "32", "1000000"] {
+        let name = format!("poll-{poll_max}-");
+        let control = workplace.socket(&format!("{name}ctl"));
+        let arguments = [
+            "--control",
+            control.to_str().unwrap(),
+            "--poll-max",
+            poll_max,
+            "--image-opts",
+            &options,
+        ];
+        let mut server = FunctionServer::start(&workplace, "vhost-user-blk", &name, &arguments);
+        // What the format says, not how long the file is.
+        assert_eq!(ctl(&control, &["status"])["size"], 3 << 20);
+        server.stop();
+        assert_eq!(server.messages(), "");
+    }
+}
+
+#[test]
+fn what_a_vhost_user_server_cannot_do_is_said_with_option_and_value() {
+    let workplace = Workplace::new();
+    let options = qcow2(&workplace);
+    let socket = workplace.socket("none.sock");
+    let with = |more: &str| format!("{options},{more}");
+    let cases: [(&[&str], &[&str]); 10] = [
+        (
+            &["--poll-max", "1000001", "disk.raw"],
+            &["--poll-max <US>", "1000001", "0..=1000000"],
+        ),
+        (&["--poll-max=-1", "disk.raw"], &["--poll-max <US>", "-1"]),
+        (
+            &["--poll-max", "32us", "disk.raw"],
+            &["--poll-max <US>", "32us"],
+        ),
+        (&["--poll-max"], &["--poll-max <US>"]),
+        (
+            &["--image-opts", "driver=vmdk9,file.filename=disk.raw"],
+            &["driver=vmdk9", "Unknown driver 'vmdk9'"],
+        ),
+        (
+            &["--image-opts", "driver=qcow2"],
+            &["'driver=qcow2'", "\"file\""],
+        ),
+        (
+            &["--image-opts", "driver=raw,file.filename=/nowhere/disk.raw"],
+            &["/nowhere/disk.raw", "No such file or directory"],
+        ),
+        (
+            &["--image-opts", "-f", "qcow2", &options],
+            &["--image-opts and --format are mutually exclusive"],
+        ),
+        (&["--image-opts", &with("colour=red")], &["colour"]),
+        (
+            &["--image-opts", &with("lazy-refcounts=perhaps")],
+            &["lazy-refcounts", "perhaps"],
+        ),
+    ];
+    for (arguments, expected) in cases {
+        let mut command = platter();
+        command.args(["serve", "vhost-user-blk", "--socket"]);
+        let output = run_any(command.arg(&socket).args(arguments));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{arguments:?}: {said}");
+        for text in expected {
+            assert!(said.contains(text), "{arguments:?}: {said}");
+        }
+        assert!(!socket.exists(), "{arguments:?}: it listens");
+    }
+}
+
 /// SANITIZE DEVICE without data; gives the Count field of its end.
 fn sanitize(client: &mut Client, features: u16, lba: u64) -> u16 {
     let task = TaskFile {
