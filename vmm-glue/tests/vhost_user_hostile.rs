@@ -13,7 +13,6 @@ use std::{
     path::Path,
 };
 
-use block::{Format, OpenOptions};
 use common::{
     Client, HIGH, PATIENCE, QUEUE_SIZE, REGION, Running, USER, config, connect, features,
 };
@@ -454,16 +453,7 @@ fn a_forged_inflight_area_is_refused_or_harmless() {
     frontend
         .set_inflight_fd(&inflight, file.as_raw_fd())
         .unwrap();
-    let driver = &rings[0].driver;
-    let addresses = VringConfigData {
-        queue_max_size: QUEUE_SIZE,
-        queue_size: QUEUE_SIZE,
-        flags: 0,
-        desc_table_addr: USER + driver.desc_table().0,
-        used_ring_addr: USER + driver.used_ring().0,
-        avail_ring_addr: USER + driver.avail_ring().0,
-        log_addr: None,
-    };
+    let addresses = common::addresses(&rings[0].driver);
     frontend.set_vring_num(0, QUEUE_SIZE).unwrap();
     frontend.set_vring_addr(0, &addresses).unwrap();
     frontend.set_vring_enable(0, true).unwrap();
@@ -495,11 +485,7 @@ fn guest_memory_that_shrinks_costs_the_connection_alone() {
 
 #[test]
 fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.raw");
-    let file = std::fs::File::create(&path).unwrap();
-    file.set_len(1 << 20).unwrap();
-    let disk = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
+    let (file, disk) = common::image::raw(1 << 20);
     let server = Running::new(disk, config(1));
     let mut client = Client::new(&server.path, 1);
     client.check(0, 64 << 10, 1);

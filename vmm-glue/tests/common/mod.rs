@@ -3,6 +3,8 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "tests")]
 
+pub mod image;
+
 use std::{
     ffi::CString,
     fs::File,
@@ -223,6 +225,19 @@ pub fn driver(guest: &Guest, index: usize) -> Driver {
     Driver::new(&guest.memory, GuestAddress((index as u64) << 18), config).unwrap()
 }
 
+/// Where the parts of a ring are, as the front end has them mapped.
+pub fn addresses(driver: &Driver) -> VringConfigData {
+    VringConfigData {
+        queue_max_size: QUEUE_SIZE,
+        queue_size: QUEUE_SIZE,
+        flags: 0,
+        desc_table_addr: USER + driver.desc_table().0,
+        used_ring_addr: USER + driver.used_ring().0,
+        avail_ring_addr: USER + driver.avail_ring().0,
+        log_addr: None,
+    }
+}
+
 /// Where data of a test can go: behind the rings in low memory, and all of high memory.
 pub const DATA: GuestAddress = GuestAddress(2 << 20);
 pub const HIGH_DATA: GuestAddress = GuestAddress(HIGH);
@@ -336,16 +351,7 @@ impl Client {
     }
 
     pub fn addresses(&self, index: usize) -> VringConfigData {
-        let driver = &self.rings[index].driver;
-        VringConfigData {
-            queue_max_size: QUEUE_SIZE,
-            queue_size: QUEUE_SIZE,
-            flags: 0,
-            desc_table_addr: USER + driver.desc_table().0,
-            used_ring_addr: USER + driver.used_ring().0,
-            avail_ring_addr: USER + driver.avail_ring().0,
-            log_addr: None,
-        }
+        addresses(&self.rings[index].driver)
     }
 
     pub fn start_ring(&mut self, index: usize, base: u16) {

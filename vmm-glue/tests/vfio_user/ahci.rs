@@ -28,13 +28,10 @@ fn a_client_finds_the_function_uses_it_and_leaves_it_fresh() {
         let event = client.interrupt_with(index);
         assert_eq!(client.port(px::CMD) & (cmd::ST | cmd::FRE), 0);
         client.start();
-        client.memory.write_all_at(&[round; 512], DATA).unwrap();
-        client.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);
-        client.finish();
+        client.write_sector(round);
         assert_eq!(server.disk.contents()[3 * 512..4 * 512], [round; 512]);
         client.memory.write_all_at(&[0; 512], DATA).unwrap();
-        client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
-        client.finish();
+        client.read_sector();
         let mut data = [0; 512];
         client.memory.read_exact_at(&mut data, DATA).unwrap();
         assert_eq!(data, [round; 512]);
@@ -90,9 +87,7 @@ fn the_index_and_data_pair_reaches_every_register() {
 #[test]
 fn an_unmap_and_a_reset_wait_for_what_is_in_flight() {
     let server = ahci();
-    let mut client = server.client();
-    client.map();
-    client.start();
+    let mut client = server.driver();
     server.disk.hold(true);
     client.issue(&command(opcode::READ_DMA_EXT, 0, 1), false);
     client.until("the read", |_| server.disk.held() == 1);
@@ -112,9 +107,7 @@ fn an_unmap_and_a_reset_wait_for_what_is_in_flight() {
 #[test]
 fn a_drive_that_is_plugged_into_a_running_port_is_seen() {
     let server = ahci();
-    let mut client = server.client();
-    client.map();
-    client.start();
+    let mut client = server.driver();
     server.function.hba().unplug(0).unwrap();
     client.until("no link", |it| it.port(px::SSTS) == 0);
     assert_ne!(client.port(px::SERR) & 1 << 16, 0);

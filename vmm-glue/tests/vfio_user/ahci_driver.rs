@@ -4,10 +4,10 @@ use std::os::{fd::AsRawFd, unix::fs::FileExt};
 
 use virtio_devices::{
     ahci::{
-        driver::{Layout, command_fis},
+        driver::{Layout, command, command_fis},
         regs::{self, cmd, ghc, px},
     },
-    ata::TaskFile,
+    ata::{TaskFile, opcode},
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -40,6 +40,10 @@ pub trait Ahci {
     /// One command in slot 0 of port 0, with 512 bytes at `DATA`.
     fn issue(&mut self, task: &TaskFile, write: bool);
     fn finish(&mut self);
+    /// Fills `DATA` with a byte and writes it to sector 3.
+    fn write_sector(&mut self, byte: u8);
+    /// Reads sector 3 to `DATA`.
+    fn read_sector(&mut self);
     /// The same on any port.
     fn register(&mut self, index: u64, register: u64) -> u32;
     fn set_register(&mut self, index: u64, register: u64, value: u32);
@@ -95,6 +99,17 @@ impl Ahci for Client {
 
     fn finish(&mut self) {
         self.finish_on(0);
+    }
+
+    fn write_sector(&mut self, byte: u8) {
+        self.memory.write_all_at(&[byte; 512], DATA).unwrap();
+        self.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);
+        self.finish();
+    }
+
+    fn read_sector(&mut self) {
+        self.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
+        self.finish();
     }
 
     fn register(&mut self, index: u64, register: u64) -> u32 {

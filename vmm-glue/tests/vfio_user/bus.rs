@@ -101,9 +101,7 @@ fn what_was_begun_ends_before_the_bit_reads_as_clear() {
 #[test]
 fn an_adapter_takes_nothing_until_it_may() {
     let server = ahci();
-    let mut client = server.client();
-    client.map();
-    client.start();
+    let mut client = server.driver();
     client.set_command(MEMORY_ONLY);
     client.memory.write_all_at(&[7; 512], DATA).unwrap();
     client.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);

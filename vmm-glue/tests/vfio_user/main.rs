@@ -12,6 +12,8 @@ mod ahci_driver;
 mod bus;
 mod client;
 mod forged;
+#[path = "../common/image.rs"]
+mod image;
 mod messages;
 mod migration;
 mod nvme;

@@ -19,12 +19,9 @@ use crate::{
 
 /// One sector to the disk and back, with another byte around it.
 fn write_and_read(client: &mut Client, byte: u8) {
-    client.memory.write_all_at(&[byte; 512], DATA).unwrap();
-    client.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);
-    client.finish();
+    client.write_sector(byte);
     client.memory.write_all_at(&[99; 1024], DATA - 256).unwrap();
-    client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
-    client.finish();
+    client.read_sector();
     let mut data = [0; 1024];
     client.memory.read_exact_at(&mut data, DATA - 256).unwrap();
     let mut expected = [99; 1024];
@@ -35,9 +32,7 @@ fn write_and_read(client: &mut Client, byte: u8) {
 #[test]
 fn a_disk_is_written_and_read() {
     let server = ahci();
-    let mut client = server.client();
-    client.map_by_messages();
-    client.start();
+    let mut client = server.driver_by_messages();
     for round in 1..=3 {
         write_and_read(&mut client, round);
         assert_eq!(server.disk.contents()[3 * 512..4 * 512], [round; 512]);
@@ -118,33 +113,24 @@ fn an_optical_drive_answers_packets_and_reads_its_medium() {
 #[test]
 fn structures_that_are_mapped_beside_data_that_is_not() {
     let server = ahci();
-    let mut client = server.client();
-    client.map_mixed(DATA);
-    client.start();
-    client.memory.write_all_at(&[7; 512], DATA).unwrap();
-    client.issue(&command(opcode::WRITE_DMA_EXT, 3, 1), true);
-    client.finish();
+    let mut client = server.driver_mixed();
+    client.write_sector(7);
     assert_eq!(server.disk.contents()[3 * 512..4 * 512], [7; 512]);
-    client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
-    client.finish();
+    client.read_sector();
     assert_eq!(client.accesses, [1, 1]);
 }
 
 #[test]
 fn a_client_that_takes_no_data_loses_its_connection_alone() {
     let server = ahci();
-    let mut client = server.client();
-    client.map_mixed(DATA);
-    client.start();
+    let mut client = server.driver_mixed();
     client.refused_below = u64::MAX;
     client.issue(&command(opcode::READ_DMA_EXT, 3, 1), false);
     let started = Instant::now();
     while !client.is_gone() {
         assert!(started.elapsed() < Duration::from_secs(20));
     }
-    let mut client = server.client();
-    client.map_by_messages();
-    client.start();
+    let mut client = server.driver_by_messages();
     write_and_read(&mut client, 5);
 }
 
@@ -152,9 +138,7 @@ fn a_client_that_takes_no_data_loses_its_connection_alone() {
 #[test]
 fn a_register_is_answered_while_its_port_waits_for_who_reads_it() {
     let server = ahci();
-    let mut client = server.client();
-    client.map_by_messages();
-    client.start();
+    let mut client = server.driver_by_messages();
     // The signature of the drive is in memory, too, when this has ended.
     write_and_read(&mut client, 4);
     let before = server.disk.log().len();

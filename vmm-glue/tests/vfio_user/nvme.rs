@@ -14,12 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use block::{Format, OpenOptions};
 use virtio_devices::testing::{MockDisk, MockDiskConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     client::{BASE, Client},
+    image,
     nvme_driver::Nvme,
     server::{nvme, nvme_over},
 };
@@ -271,11 +271,7 @@ fn a_reset_and_an_unmap_are_answered_after_every_operation() {
 
 #[test]
 fn an_image_that_somebody_else_truncates_gives_errors_and_the_server_lives() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.raw");
-    let file = std::fs::File::create(&path).unwrap();
-    file.set_len(1 << 20).unwrap();
-    let image = OpenOptions::new().format(Format::Raw).open(&path).unwrap();
+    let (file, image) = image::raw(1 << 20);
     let server = nvme_over(MockDisk::new(MockDiskConfig::default()), image);
     let mut client = server.driver();
     assert_eq!(client.transfer(0, 2), 0);

@@ -19,7 +19,11 @@ use vmm_glue::{
     },
 };
 
-use crate::{client::Client, nvme_driver::Nvme};
+use crate::{
+    ahci_driver::{Ahci, DATA},
+    client::Client,
+    nvme_driver::Nvme,
+};
 
 pub struct Server<F> {
     pub disk: MockDisk,
@@ -88,6 +92,32 @@ impl Server<NvmeFunction> {
         let mut client = self.client();
         client.map_mixed(0x8000);
         client.set_up();
+        client
+    }
+}
+
+impl Server<AhciFunction> {
+    /// A client whose memory is mapped, and that has started the port of the disk.
+    pub fn driver(&self) -> Client {
+        let mut client = self.client();
+        client.map();
+        client.start();
+        client
+    }
+
+    /// The same with all its memory reached by messages.
+    pub fn driver_by_messages(&self) -> Client {
+        let mut client = self.client();
+        client.map_by_messages();
+        client.start();
+        client
+    }
+
+    /// The same with structures that are mapped and data that is not.
+    pub fn driver_mixed(&self) -> Client {
+        let mut client = self.client();
+        client.map_mixed(DATA);
+        client.start();
         client
     }
 }
