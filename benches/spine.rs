@@ -21,6 +21,7 @@ use platter_benches::{
     fio::Fio,
     load::{Random, Straight, Virtio},
     report::{Bars, Contest, HEAD, Plan, Row, compare, line},
+    scratch::Scratch,
     side::{OnThread, Side, Slice},
 };
 
@@ -145,14 +146,14 @@ impl Load {
 
 /// The images, gone when dropped. Each is filled with data that is not zero.
 struct Images {
-    dir: tempfile::TempDir,
+    dir: Scratch,
     size: u64,
 }
 
 impl Images {
     fn new(options: &Options) -> Result<Self> {
         Ok(Self {
-            dir: tempfile::tempdir_in(&options.dir)?,
+            dir: Scratch::new_in(&options.dir)?,
             size: options.size,
         })
     }

@@ -20,7 +20,7 @@ use block::{
     Disk, DiskFile, Format, Locking, OpenOptions,
     io::{AlignedBuf, EngineKind},
 };
-use platter_benches::{Result, load::Random};
+use platter_benches::{Result, load::Random, scratch::Scratch};
 
 /// Bytes of L2 tables that QEMU's cache, and ours, hold: more than any image has but the huge one,
 /// where it is a sixteenth of them.
@@ -66,7 +66,7 @@ pub(crate) enum Set {
 /// The images, gone when dropped, and the peers.
 pub(crate) struct Lab {
     options: Options,
-    dir: tempfile::TempDir,
+    dir: Scratch,
 }
 
 impl Lab {
@@ -82,7 +82,7 @@ impl Lab {
             }
         }
         Ok(Self {
-            dir: tempfile::tempdir_in(&options.dir)?,
+            dir: Scratch::new_in(&options.dir)?,
             options,
         })
     }

@@ -18,6 +18,7 @@ pub mod nvme;
 pub mod patience;
 pub mod qemu;
 pub mod report;
+pub mod scratch;
 pub mod server;
 pub mod side;
 pub mod strace;

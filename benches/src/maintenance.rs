@@ -6,11 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Result, command::Program, load::Random, report::Bars};
+use crate::{Result, command::Program, load::Random, report::Bars, scratch::Scratch};
 
 /// The images, gone when dropped, and the two programs.
 pub struct Images {
-    dir: tempfile::TempDir,
+    dir: Scratch,
     ours: PathBuf,
     peer: PathBuf,
 }
@@ -22,7 +22,7 @@ impl Images {
     /// # Errors
     /// The host's, and the peer's, which converts.
     pub fn new(dir: &Path, size: u64, platter: &Path, qemu_img: &Path) -> Result<Self> {
-        let dir = tempfile::tempdir_in(dir)?;
+        let dir = Scratch::new_in(dir)?;
         let ours = dir.path().join("qemu-img");
         std::os::unix::fs::symlink(platter.canonicalize()?, &ours)?;
         let lab = Self {
