@@ -90,6 +90,8 @@ impl<S: MemorySource> NvmeQueues<S> {
         now: &mut Option<u64>,
     ) -> bool {
         let tail = self.tail(id, &mut guest.control);
+        // After the tail: who posted these commands may have seen a namespace that has just been attached.
+        self.refresh_namespaces(batch);
         for _ in 0..burst {
             self.step_over(id);
             let Some(Some(sq)) = self.sqs.get_mut(usize::from(id)) else {
