@@ -22,6 +22,7 @@ mod memory;
 pub mod mmc;
 pub mod nvme;
 pub mod stats;
+mod sync;
 pub mod testing;
 pub mod virtio;
 pub mod virtio_blk;

@@ -19,7 +19,7 @@ use super::{
     port::Port,
     queue::PortQueue,
     regs::{self, cap, ghc},
-    shared::{Shared, TrayListener, lock},
+    shared::{Shared, TrayListener},
     work::HostWork,
 };
 use crate::{
@@ -27,6 +27,7 @@ use crate::{
     ata::{AtaDisk, AtapiDrive, DiskConfig, Protection},
     mmc::{MmcConfig, MmcDrive},
     stats::QueueStats,
+    sync::lock,
     worker::Worker,
 };
 

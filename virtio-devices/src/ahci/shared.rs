@@ -1,7 +1,7 @@
 //! What the ports of an HBA and their workers share.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc, Mutex, MutexGuard,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -10,7 +10,7 @@ use super::{
     interrupt::{Irq, IrqState},
     port::Port,
 };
-use crate::stats::QueueStats;
+use crate::{stats::QueueStats, sync::lock};
 
 /// Is told when the guest moves a tray: the port, and whether the tray is open now. It is called
 /// with locks of the HBA held and must not call back into it.
@@ -27,10 +27,6 @@ pub(super) struct Shared {
     pub(super) coalescing: AtomicBool,
     pub(super) stats: Vec<Arc<QueueStats>>,
     pub(super) on_tray: Mutex<Option<TrayListener>>,
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

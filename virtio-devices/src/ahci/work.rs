@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex};
 
 use block::{AsyncDiskFile, ErrorKind};
 
-use super::shared::lock;
 use crate::{
     Error, Result,
     ata::{Protection, Work},
     host::Jobs,
+    sync::lock,
 };
 
 /// The thread of a disk whose data is protected. Dropping it ends what it does, as a power failure would.

@@ -23,7 +23,7 @@ use super::{
     smart::Counters,
     subsystem::{Listener, Subsystem},
 };
-use crate::{Result, stats::QueueStats};
+use crate::{Result, stats::QueueStats, sync::lock};
 
 /// What came of an Abort.
 #[derive(Clone, Copy, Debug)]
@@ -183,10 +183,6 @@ pub(super) struct Core {
     pub(super) started: Instant,
     /// Counters from another process, that SMART goes on from.
     pub(super) brought: Mutex<Counters>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Core {

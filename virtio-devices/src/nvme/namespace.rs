@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -19,7 +19,7 @@ use super::{
     sidecar::Content,
     uncorrectable::Uncorrectable,
 };
-use crate::{Error, Result, host::Sidecar};
+use crate::{Error, Result, host::Sidecar, sync::lock};
 
 /// How a namespace is made.
 #[derive(Clone, Debug, Default)]
@@ -70,10 +70,6 @@ pub struct Namespace {
     /// The controllers that a host has attached it to, whether they are there or not. Only for one of
     /// the pool.
     chosen: Mutex<BTreeSet<u16>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Namespace {
