@@ -158,3 +158,28 @@ fn power_cuts_between_writes_and_flushes_show_old_or_new() {
         }
     }
 }
+
+#[test]
+fn writes_that_grow_the_file_together_lie_in_their_order() {
+    let host = host();
+    make(&host, &image(2 << 20));
+    let disk = open(&host);
+    // Some are reserved by now, fewer than the writes need.
+    write_each(&host, &disk, 0..60);
+    let mut io = disk.create_async_io(8).unwrap();
+    for start in (60..460).step_by(50) {
+        let bytes = noise(start, 50 * CLUSTER as usize);
+        submit(&mut *io, start, write_op(start * CLUSTER, &bytes, false));
+    }
+    assert!(finish(&host, &mut [&mut io]).iter().all(|done| done.1));
+    drop(io);
+    let mut host_offset = 0;
+    for cluster in 60..460 {
+        let status = disk.block_status(cluster * CLUSTER, CLUSTER).unwrap();
+        let offset = status.offset.unwrap().0;
+        assert!(offset > host_offset, "{cluster}");
+        host_offset = offset;
+    }
+    disk.close().unwrap();
+    assert_clean(&host);
+}

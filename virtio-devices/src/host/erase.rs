@@ -54,32 +54,49 @@ pub(crate) fn erase(
     stopped: &dyn Fn() -> bool,
     progress: &mut dyn FnMut(u32),
 ) -> block::Result<bool> {
-    let (size, passes) = (disk.size(), action.passes());
+    let passes = action.passes();
+    let gives_back = !matches!(action, Action::Overwrite { .. });
+    // Giving the space back is a pass of its own: the zeroes have reached the disk by then.
+    let all = passes + u64::from(gives_back);
     let mut buffer = vec![0; CHUNK];
     for pass in 0..passes {
         let word = action.word(passes - 1 - pass).to_le_bytes();
         for place in buffer.chunks_exact_mut(4) {
             place.copy_from_slice(&word);
         }
-        let mut at = 0;
-        while at < size {
-            if stopped() {
-                return Ok(false);
-            }
-            let len = (size - at).min(CHUNK as u64);
-            disk.write_at(&buffer[..len as usize], at)?;
-            if !matches!(action, Action::Overwrite { .. }) {
-                disk.write_zeroes(at, len, true)?;
-            }
-            at += len;
-            let (all, done) = (
-                u128::from(size) * u128::from(passes),
-                u128::from(size) * u128::from(pass) + u128::from(at),
-            );
-            progress((done * 0x1_0000 / all) as u32);
+        let step = |at, len: u64| disk.write_at(&buffer[..len as usize], at);
+        if !sweep(disk, (pass, all), stopped, progress, step)? {
+            return Ok(false);
         }
-        disk.flush()?;
     }
+    if gives_back {
+        let step = |at, len| disk.write_zeroes(at, len, true);
+        return sweep(disk, (passes, all), stopped, progress, step);
+    }
+    Ok(true)
+}
+
+/// One pass, of so many, over a whole disk, durably; false if it was stopped.
+fn sweep(
+    disk: &dyn AsyncDiskFile,
+    (pass, passes): (u64, u64),
+    stopped: &dyn Fn() -> bool,
+    progress: &mut dyn FnMut(u32),
+    step: impl Fn(u64, u64) -> block::Result<()>,
+) -> block::Result<bool> {
+    let size = disk.size();
+    let mut at = 0;
+    while at < size {
+        if stopped() {
+            return Ok(false);
+        }
+        let len = (size - at).min(CHUNK as u64);
+        step(at, len)?;
+        at += len;
+        let done = u128::from(size) * u128::from(pass) + u128::from(at);
+        progress((done * 0x1_0000 / (u128::from(size) * u128::from(passes))) as u32);
+    }
+    disk.flush()?;
     Ok(true)
 }
 
@@ -107,6 +124,7 @@ mod tests {
     fn every_byte_is_overwritten_and_the_last_pass_writes_the_pattern() {
         let disk = disk();
         let seen = all(&disk, Action::BlockErase);
+        assert_eq!(seen.len(), 8, "zeroes, then the space");
         assert!(disk.contents().iter().all(|byte| *byte == 0));
         assert_eq!(seen.last(), Some(&0x1_0000));
         for (passes, expected) in [(1, 4), (2, 8), (0, 64)] {

@@ -203,7 +203,7 @@ impl Qcow2 {
             size: AtomicU64::new(header.size),
             l1: L1::new(header.l1_table_offset, header.l1_size),
             slices: SliceCache::new(options.metadata_cache_size, geometry.slice_bytes()),
-            refcounts,
+            refcounts: refcounts.count_ahead(),
             claims: Claims::default(),
             l1_claims: Claims::default(),
             backing,

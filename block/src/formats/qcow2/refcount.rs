@@ -316,11 +316,12 @@ impl Refcounts {
         let mut first = cluster;
         let mut count = 0;
         while count < wanted {
-            if scattered && state.reserve.starts_at(cluster) {
-                if count == 0 {
-                    return Ok(Self::take_reserved(state, wanted));
-                }
-                break;
+            let start = if count == 0 { cluster } else { first };
+            if state.reserve.has(start, cluster) {
+                first = start;
+                count += 1;
+                cluster += 1;
+                continue;
             }
             if cluster >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
                 return Err(Error::with_message(
@@ -351,27 +352,24 @@ impl Refcounts {
             cluster += 1;
         }
         for cluster in first..first + count {
-            self.set_count(state, cluster, 1)?;
-        }
-        let run = Self::give_out(state, first, count);
-        if scattered {
-            state.cursor = state.cursor.max(first + count);
-            if run.virgin {
-                self.reserve_behind(state, run);
+            if !state.reserve.has(first, cluster) {
+                self.set_count(state, cluster, 1)?;
             }
         }
-        Ok(run)
-    }
-
-    /// Clusters that are counted become those of a run.
-    fn give_out(state: &mut State, first: u64, count: u64) -> Run {
-        let virgin = first >= state.virgin;
-        state.virgin = state.virgin.max(first + count);
-        Run {
+        if scattered {
+            state.cursor = state.cursor.max(first + count);
+        }
+        let run = Run {
             first,
             count,
-            virgin,
+            virgin: first >= state.virgin,
+        };
+        state.virgin = state.virgin.max(first + count);
+        state.reserve.give_out(run);
+        if scattered && run.virgin {
+            self.reserve_behind(state, run);
         }
+        Ok(run)
     }
 
     /// Refuses a cluster that is counted as free but holds what the image cannot do without: guest

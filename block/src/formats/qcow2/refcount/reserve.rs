@@ -6,7 +6,7 @@
 //! back, as closing the image does.
 
 use super::{Refcounts, Run, State};
-use crate::{Result, io::Io};
+use crate::{Result, io::Io, sync::lock};
 
 /// The least and the most clusters counted ahead.
 const LEAST: u64 = 8;
@@ -15,6 +15,7 @@ const MOST: u64 = 64;
 /// A run of clusters that are counted, follow each other and belong to nobody.
 #[derive(Debug, Default)]
 pub(super) struct Reserve {
+    enabled: bool,
     first: u64,
     end: u64,
     /// Clusters given out at the end of the file since the image was opened. What is counted ahead is
@@ -23,32 +24,44 @@ pub(super) struct Reserve {
 }
 
 impl Reserve {
-    /// Whether a search for free clusters that has come to `cluster` finds the run there.
-    pub(super) fn starts_at(&self, cluster: u64) -> bool {
-        self.first == cluster && self.first < self.end
+    /// Whether a cluster of a run that starts at `start` is one of these, and the run can have it: what
+    /// is left of them stays one run.
+    pub(super) fn has(&self, start: u64, cluster: u64) -> bool {
+        start <= self.first && (self.first..self.end).contains(&cluster)
+    }
+
+    /// A run belongs to somebody now.
+    pub(super) fn give_out(&mut self, run: Run) {
+        if run.virgin {
+            self.given += run.count;
+        }
+        let end = run.first + run.count;
+        if run.first <= self.first && self.first < end {
+            self.first = end.min(self.end);
+        }
     }
 }
 
 impl Refcounts {
-    /// Gives out up to `wanted` clusters of those reserved.
-    pub(super) fn take_reserved(state: &mut State, wanted: u64) -> Run {
-        let reserve = &mut state.reserve;
-        let first = reserve.first;
-        let count = wanted.min(reserve.end - first);
-        reserve.first += count;
-        reserve.given += count;
-        state.cursor = state.cursor.max(first + count);
-        Self::give_out(state, first, count)
+    /// From now on clusters are counted ahead. Whoever asks for this calls
+    /// [`end_reserving`](Self::end_reserving) at the end.
+    pub(in crate::formats::qcow2) fn count_ahead(self) -> Self {
+        lock(&self.state).reserve.enabled = true;
+        self
     }
 
     /// The file has grown by a run: counts the clusters behind it, as far as one block of reference
     /// counts goes and they are free.
     pub(super) fn reserve_behind(&self, state: &mut State, run: Run) {
-        state.reserve.given += run.count;
         let wanted = (state.reserve.given / 2).min(MOST);
         let first = run.first + run.count;
         let counted_beside_it = first % self.block_len();
-        if wanted < LEAST || counted_beside_it == 0 || state.reserve.first < state.reserve.end {
+        let reserve = &state.reserve;
+        if !reserve.enabled
+            || wanted < LEAST
+            || counted_beside_it == 0
+            || reserve.first < reserve.end
+        {
             return;
         }
         let limit = first + wanted.min(self.block_len() - counted_beside_it);
