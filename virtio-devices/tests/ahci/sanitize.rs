@@ -143,10 +143,12 @@ fn nothing_else_gets_at_the_disk_meanwhile_and_no_reset_ends_it() {
     machine.disk.hold_writes(true);
     ask(&mut machine, sanitize(BLOCK_ERASE, 0)).unwrap();
     assert!(sidecar(&folder).contains("Running"), "remembered first");
-    machine.disk.let_through(2);
-    until(&mut machine, "a quarter", |it| {
-        it.disk.contents()[..2 << 20] == [0; 2 << 20] && it.disk.waiting_writes() == 1
-    });
+    machine.disk.let_through(4);
+    until(
+        &mut machine,
+        "half of the zeroes, a quarter of the work",
+        |it| it.disk.contents()[..4 << 20] == [0; 4 << 20] && it.disk.waiting_writes() == 1,
+    );
     for round in 0..3 {
         assert_eq!(status(&mut machine), Ok((RUNNING, 0x4000)));
         assert_eq!(word(&mut machine, 59), 0xdc00);
