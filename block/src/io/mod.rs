@@ -20,6 +20,7 @@ mod loan;
 mod operation;
 mod os_host;
 mod outcome;
+mod pace;
 mod pins;
 mod pool;
 mod ranges;

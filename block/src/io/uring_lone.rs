@@ -11,10 +11,7 @@ use std::os::fd::RawFd;
 
 use io_uring::squeue;
 
-use super::{Segment, sys};
-
-/// The most reads that are not tried after a miss.
-const MAX_SKIP: u32 = 63;
+use super::{Segment, pace::Pace, sys};
 
 /// A read that is held.
 pub(super) struct Lone {
@@ -32,9 +29,7 @@ pub(super) struct Lone {
 pub(super) struct LoneReads {
     held: Option<Lone>,
     done: Vec<(u32, i32)>,
-    /// Reads that are not to be tried, and how many they were after the last miss.
-    skip: u32,
-    skipped: u32,
+    pace: Pace,
 }
 
 impl LoneReads {
@@ -48,9 +43,7 @@ impl LoneReads {
 
     /// Whether the first read of a batch is worth holding.
     pub(super) fn wants(&mut self) -> bool {
-        let skip = self.skip > 0;
-        self.skip = self.skip.saturating_sub(1);
-        !skip
+        self.pace.allows()
     }
 
     /// Holds a read.
@@ -76,11 +69,10 @@ impl LoneReads {
             unsafe { sys::preadv(read.fd, segments, read.unit, read.offset, libc::RWF_NOWAIT) };
         if result < 0 {
             // Not in memory, or not to be tried on this file. What is wrong otherwise shows again.
-            self.skipped = (2 * self.skipped + 1).min(MAX_SKIP);
-            self.skip = self.skipped;
+            self.pace.went(false);
             return Some(read);
         }
-        self.skipped = 0;
+        self.pace.went(true);
         self.done.push((read.slot, result));
         None
     }

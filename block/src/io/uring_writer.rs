@@ -23,6 +23,7 @@ use std::{
 
 use super::{
     Segment,
+    pace::Pace,
     sys::{self, Notifier},
 };
 
@@ -35,9 +36,6 @@ const LONE_BYTES: usize = 64 << 10;
 
 /// What a write that is done at once should take at most.
 const LONE_TIME: Duration = Duration::from_micros(250);
-
-/// The most writes that go to the thread after one that took longer.
-const MAX_SKIP: u32 = 63;
 
 /// A write.
 #[derive(Debug)]
@@ -140,31 +138,6 @@ pub(super) struct Writer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Whether writes are done at once: not for a while after one that took long.
-#[derive(Debug, Default)]
-struct Pace {
-    /// Writes to be left to the thread, and how many they were the last time.
-    skip: u32,
-    skipped: u32,
-}
-
-impl Pace {
-    fn allows(&mut self) -> bool {
-        let skip = self.skip > 0;
-        self.skip = self.skip.saturating_sub(1);
-        !skip
-    }
-
-    fn took(&mut self, time: Duration) {
-        if time <= LONE_TIME {
-            self.skipped = 0;
-            return;
-        }
-        self.skipped = (2 * self.skipped + 1).min(MAX_SKIP);
-        self.skip = self.skipped;
-    }
-}
-
 impl Writer {
     /// Starts the thread, which writes `notifier` when there are results. With at most `depth` writes
     /// at a time nothing is allocated any more.
@@ -210,7 +183,7 @@ impl Writer {
         }
         let start = Instant::now();
         let result = (write.slot, write.perform());
-        self.pace.took(start.elapsed());
+        self.pace.went(start.elapsed() <= LONE_TIME);
         self.held.clear();
         lock(&self.shared.results).push(result);
         self.shared.told.store(true, Ordering::Release);
@@ -253,24 +226,5 @@ impl Drop for Writer {
             // A panic of it was reported already.
             let _ = thread.join();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn after_slow_writes_the_thread_gets_more() {
-        let mut pace = Pace::default();
-        let slow = |pace: &mut Pace| {
-            pace.took(LONE_TIME + Duration::from_nanos(1));
-            (0..1000).take_while(|_| !pace.allows()).count()
-        };
-        let skipped: Vec<usize> = (0..8).map(|_| slow(&mut pace)).collect();
-        assert_eq!(skipped, [1, 3, 7, 15, 31, 63, 63, 63]);
-        pace.took(LONE_TIME);
-        assert!(pace.allows());
-        assert_eq!(slow(&mut pace), 1);
     }
 }
