@@ -213,14 +213,13 @@ impl<F: FrontEnd> Worker<F> {
             let submitted = self.batch.submit();
             if drained.taken + submitted > 0 {
                 // Some of it may have ended already, without the disk or by an engine that is fast.
-                self.polling.restart();
+                self.polling.found();
                 rounds += 1;
                 continue;
             }
             if self.looks_again() {
                 continue;
             }
-            self.polling.restart();
             if drained.full || !self.front.rearm() {
                 return Progress::Idle;
             }

@@ -1,10 +1,15 @@
 //! How long a worker looks before it sleeps.
 //!
 //! Waking a sleeping thread costs more than a request from the page cache, on both sides: the guest
-//! has to ring, the host has to schedule. So a worker whose guest comes back soon goes on looking
-//! for a while. The while follows the guest: it grows as long as sleeps end within the limit, and
-//! is nothing again after one that did not. A queue that is used seldom, and an idle one, is
+//! has to ring, the host has to schedule. So a worker whose guest comes back soon looks for a while
+//! first. How soon a guest comes back to a worker that looks cannot be told from how long a sleep was,
+//! which has the waking of both threads in it. So it is tried after a sleep that was not much longer than the
+//! limit, and less often the more tries were in vain. A queue that is used seldom, and an idle one, is
 //! never polled.
+//!
+//! A worker that has to sleep for the disk anyway does not look either: there it made the latency longer,
+//! not shorter (`docs/performance.md`). Whether it sleeps for the disk is told by the kernel's count of its
+//! voluntary context switches, read once for many waits.
 
 use std::{
     num::NonZero,
@@ -19,21 +24,71 @@ pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(32);
 /// The highest limit: nobody stops a worker while it looks.
 const HIGHEST: Duration = Duration::from_secs(1);
 
-/// The first while after sleeps that were short.
-const FIRST: Duration = Duration::from_micros(4);
+/// After a sleep of so many limits and longer looking is not tried.
+const LONG_SLEEP: u32 = 4;
+
+/// The most sleeps from one try to the next.
+const MOST_SKIPPED: u32 = 256;
+
+/// Waits between two looks at how many of them were sleeps for the disk.
+const WAITS: u64 = 64;
 
 /// On one processor looking keeps the guest from what is looked for.
 static SEVERAL_PROCESSORS: LazyLock<bool> = LazyLock::new(|| {
     thread::available_parallelism().is_ok_and(|count| count > NonZero::<usize>::MIN)
 });
 
+/// How often the worker's thread slept for the disk.
+#[derive(Debug, Default)]
+struct Host {
+    /// Waits for the disk, and for the guest alone, since the last look.
+    waits: u64,
+    alone: u64,
+    /// Sleeps of the thread until the last look, if there was one.
+    sleeps: Option<u64>,
+    /// A good part of the sleeps are for the disk.
+    slow: bool,
+}
+
+impl Host {
+    /// Whether it is time to look.
+    fn is_due(&self) -> bool {
+        self.waits + self.alone >= WAITS
+    }
+
+    /// The thread slept so often until now.
+    fn look(&mut self, sleeps: u64) {
+        if let Some(before) = self.sleeps {
+            let for_disk = sleeps.saturating_sub(before + self.alone);
+            self.slow = 4 * for_disk >= self.waits + self.alone;
+        }
+        (self.waits, self.alone, self.sleeps) = (0, 0, Some(sleeps));
+    }
+}
+
+/// Voluntary context switches of the calling thread.
+fn sleeps() -> u64 {
+    // SAFETY: rusage is plain numbers, for which zeroes are valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is a rusage and outlives the call.
+    let result = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    debug_assert_eq!(result, 0, "the arguments are valid");
+    u64::try_from(usage.ru_nvcsw).unwrap_or(0)
+}
+
 /// The polling of one worker.
 #[derive(Debug)]
 pub(super) struct Polling {
     limit: Duration,
-    /// How long to look now.
-    window: Duration,
+    /// Whether to look before the next sleep.
+    looks: bool,
+    /// While it looks: until when.
     until: Option<Instant>,
+    /// Sleeps to come without a try.
+    skip: u32,
+    /// Sleeps without a try after the next one that is in vain.
+    penalty: u32,
+    host: Host,
     /// Somebody sleeps after the worker's turn, and tells how long.
     pub(super) enabled: bool,
 }
@@ -42,8 +97,11 @@ impl Default for Polling {
     fn default() -> Self {
         Self {
             limit: DEFAULT_POLL_MAX,
-            window: Duration::ZERO,
+            looks: false,
             until: None,
+            skip: 0,
+            penalty: 1,
+            host: Host::default(),
             enabled: false,
         }
     }
@@ -52,39 +110,69 @@ impl Default for Polling {
 impl Polling {
     pub(super) fn set_limit(&mut self, limit: Duration) {
         self.limit = limit.min(HIGHEST);
-        self.window = self.window.min(limit);
+        self.looks &= !limit.is_zero();
     }
 
     /// Nothing was found: whether to look again.
     pub(super) fn goes_on(&mut self) -> bool {
-        if !self.enabled || self.window.is_zero() {
+        if !self.enabled || !self.looks {
             return false;
         }
         let now = Instant::now();
-        let until = *self.until.get_or_insert_with(|| now + self.window);
+        let until = *self.until.get_or_insert_with(|| now + self.limit);
         std::hint::spin_loop();
-        now < until
-    }
-
-    /// Something was found, or it is time to sleep: the next look is a new one.
-    pub(super) fn restart(&mut self) {
+        if now < until {
+            return true;
+        }
         self.until = None;
+        self.in_vain();
+        false
     }
 
-    /// The worker slept, after it had looked in vain.
+    /// Something was found.
+    pub(super) fn found(&mut self) {
+        if self.until.take().is_some() {
+            self.penalty = (self.penalty / 2).max(1);
+        }
+    }
+
+    fn in_vain(&mut self) {
+        self.looks = false;
+        self.skip = self.penalty;
+        self.penalty = (2 * self.penalty).min(MOST_SKIPPED);
+    }
+
+    /// The worker slept for the guest, after it had looked in vain.
     pub(super) fn slept(&mut self, time: Duration) {
         if self.limit.is_zero() || !*SEVERAL_PROCESSORS {
             return;
         }
+        self.host.alone += 1;
+        self.look_at_host();
         self.adapt(time);
     }
 
+    /// The worker waited for the disk.
+    pub(super) fn waited(&mut self) {
+        self.host.waits += 1;
+        self.look_at_host();
+    }
+
+    fn look_at_host(&mut self) {
+        if self.host.is_due() && !self.limit.is_zero() {
+            self.host.look(sleeps());
+        }
+    }
+
     fn adapt(&mut self, slept: Duration) {
-        self.window = if self.window + slept > self.limit {
-            Duration::ZERO
-        } else {
-            (2 * self.window).clamp(FIRST.min(self.limit), self.limit)
-        };
+        self.looks = false;
+        if self.host.slow || slept >= self.limit * LONG_SLEEP {
+            return;
+        }
+        match self.skip.checked_sub(1) {
+            Some(left) => self.skip = left,
+            None => self.looks = true,
+        }
     }
 }
 
@@ -96,20 +184,60 @@ mod tests {
         Duration::from_micros(count)
     }
 
+    /// Whether it looks after a sleep of so many microseconds.
+    fn after(polling: &mut Polling, slept: u64) -> bool {
+        polling.adapt(micros(slept));
+        polling.looks
+    }
+
     #[test]
-    fn the_window_follows_the_guest() {
+    fn looking_follows_the_guest() {
         let mut polling = Polling::default();
-        let mut after = |slept| {
-            polling.adapt(micros(slept));
-            polling.window
+        let polling = &mut polling;
+        assert!(!after(polling, 1000), "it sleeps long");
+        assert!(after(polling, 60));
+        polling.until = Some(Instant::now());
+        polling.found();
+        assert!(polling.looks, "it goes on as long as something is found");
+        // The more tries are in vain, the fewer there are.
+        let mut skipped = [0; 10];
+        for count in &mut skipped {
+            polling.in_vain();
+            while !after(polling, 60) {
+                *count += 1;
+            }
+        }
+        assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 128, 256, 256]);
+        for _ in 0..8 {
+            polling.until = Some(Instant::now());
+            polling.found();
+        }
+        polling.in_vain();
+        assert_eq!(polling.skip, 1, "and again more once it pays");
+    }
+
+    #[test]
+    fn nobody_looks_while_the_disk_is_slept_for() {
+        let mut polling = Polling::default();
+        let mut waits = |disk, guest, sleeps| {
+            polling.host.waits = disk;
+            polling.host.alone = guest;
+            assert!(polling.host.is_due());
+            polling.host.look(sleeps);
+            after(&mut polling, 5)
         };
-        assert_eq!(after(1000), micros(0), "it sleeps long");
-        assert_eq!(after(20), micros(4));
-        assert_eq!(after(20), micros(8));
-        assert_eq!(after(10), micros(16));
-        assert_eq!(after(10), micros(32));
-        assert_eq!(after(1), micros(0), "the limit was not enough");
-        assert_eq!(after(5), micros(4));
+        assert!(waits(32, 32, 1000), "nothing is known yet");
+        assert!(!waits(32, 32, 1064), "it sleeps for both");
+        assert!(!waits(64, 0, 1128), "the guest is found by looking");
+        assert!(waits(64, 0, 1130), "the disk is there at once");
+        assert!(waits(0, 64, 1200), "only the guest is waited for");
+    }
+
+    #[test]
+    fn a_sleep_is_counted() {
+        let before = sleeps();
+        thread::sleep(micros(100));
+        assert!(sleeps() > before);
     }
 
     #[test]
@@ -123,8 +251,8 @@ mod tests {
         assert!(!polling.goes_on());
         polling.set_limit(Duration::MAX);
         assert_eq!(polling.limit, HIGHEST);
+        polling.looks = true;
         polling.set_limit(Duration::ZERO);
-        polling.restart();
         assert!(!polling.goes_on());
     }
 }

@@ -89,8 +89,10 @@ impl<F: FrontEnd> Worker<F> {
                     let _ = doorbell.read(&mut [0; 8]);
                 }
             }
-            if alone && progress == Progress::Idle {
-                self.polling.slept(start.elapsed());
+            match (progress, alone) {
+                (Progress::Idle, true) => self.polling.slept(start.elapsed()),
+                (Progress::Idle, false) => self.polling.waited(),
+                (Progress::More, _) => {}
             }
         }
     }

@@ -4,6 +4,8 @@
 //! writes wait for each other, on threads of the kernel. Space that was allocated before is written
 //! like any other. So an allocation that comes near the end of the file gives it a piece more, and
 //! closing the image cuts off what was not used. A crash leaves the piece: clusters that are free.
+//! While the file system allocates, every other write to the file would wait for it on a thread of the
+//! kernel, with its memory pinned there. So writes that allocate wait here until the piece is there.
 //!
 //! A flush that leaves out a sync ([`flush`](super::flush)) needs the same: a table may name a cluster
 //! before its data is durable only if the file reaches that far whatever happens. So a file that is written
@@ -15,6 +17,7 @@ use super::{Qcow2, refcount::Run};
 use crate::{
     Result,
     io::{FallocateMode, Io},
+    sync::Notify,
 };
 
 /// The least and the most bytes that a file gets at once; in between it is an eighth of the file, or all
@@ -40,6 +43,8 @@ pub(super) struct Ahead {
     durable_end: AtomicU64,
     /// A task is giving it more.
     growing: AtomicBool,
+    /// It ended.
+    grew: Notify,
     /// Bytes that it got so far.
     grown: AtomicU64,
 }
@@ -55,6 +60,7 @@ impl Ahead {
             durable_end: AtomicU64::new(0),
             end: AtomicU64::new(file_len),
             growing: AtomicBool::new(false),
+            grew: Notify::default(),
             grown: AtomicU64::new(0),
         }
     }
@@ -109,6 +115,11 @@ impl Ahead {
             None => self.possible.store(false, Ordering::Relaxed),
         }
         self.growing.store(false, Ordering::Release);
+        self.grew.notify_all();
+    }
+
+    fn is_growing(&self) -> bool {
+        self.growing.load(Ordering::Acquire)
     }
 }
 
@@ -125,10 +136,14 @@ impl Drop for Growing<'_> {
 }
 
 impl Qcow2 {
-    /// Gives the file more space if a run of new clusters comes near its end.
+    /// Gives the file more space if a run of new clusters comes near its end, or waits for who is at it.
     pub(super) async fn grow_ahead(&self, io: &Io, run: Run) {
         let used = self.geometry.start(run.first.saturating_add(run.count));
         let Some((start, len)) = self.ahead.next(used) else {
+            if self.ahead.is_growing() {
+                let over = || (!self.ahead.is_growing()).then_some(());
+                self.ahead.grew.until(over).await;
+            }
             return;
         };
         let mut growing = Growing {
