@@ -22,8 +22,12 @@ use crate::{
 
 /// The least and the most bytes that a file gets at once; in between it is an eighth of the file, or all
 /// that it got so far: while the file system allocates, nothing else is written.
-const LEAST: u64 = 1 << 20;
-const MOST: u64 = 64 << 20;
+const LEAST: u64 = 4 << 20;
+const MOST: u64 = 128 << 20;
+
+/// The most bytes between the end of the file and new clusters that it gets besides: writes that wait together.
+/// More is a file that was cut off.
+const WIDEST_GAP: u64 = 256 << 20;
 
 /// Flushes after which a file counts as flushed often.
 const FLUSHED_OFTEN: u32 = 8;
@@ -100,9 +104,10 @@ impl Ahead {
         {
             return None;
         }
-        // Somebody may have been faster.
-        let start = self.end.load(Ordering::Acquire).max(used);
-        Some((start, step))
+        // Somebody may have been faster. What has been given out since then is filled in as well.
+        let end = self.end.load(Ordering::Acquire);
+        let start = end.max(used.saturating_sub(WIDEST_GAP));
+        Some((start, step + used.saturating_sub(start)))
     }
 
     /// The piece is there, with its end and length, or the file cannot have it.
@@ -139,12 +144,15 @@ impl Qcow2 {
     /// Gives the file more space if a run of new clusters comes near its end, or waits for who is at it.
     pub(super) async fn grow_ahead(&self, io: &Io, run: Run) {
         let used = self.geometry.start(run.first.saturating_add(run.count));
-        let Some((start, len)) = self.ahead.next(used) else {
-            if self.ahead.is_growing() {
-                let over = || (!self.ahead.is_growing()).then_some(());
-                self.ahead.grew.until(over).await;
+        let (start, len) = loop {
+            if let Some(piece) = self.ahead.next(used) {
+                break piece;
             }
-            return;
+            if !self.ahead.is_growing() {
+                return;
+            }
+            let over = || (!self.ahead.is_growing()).then_some(());
+            self.ahead.grew.until(over).await;
         };
         let mut growing = Growing {
             ahead: &self.ahead,
@@ -177,27 +185,31 @@ mod tests {
 
     #[test]
     fn pieces_follow_each_other_and_grow_with_the_file() {
-        let ahead = Ahead::new(true, true, 1 << 20);
-        assert_eq!(ahead.next(1 << 16), None, "there is room");
-        assert_eq!(ahead.next(1 << 20), Some((1 << 20, LEAST)));
-        assert_eq!(ahead.next(1 << 20), None, "a task is at it");
-        ahead.done(Some((2 << 20, LEAST)));
-        assert_eq!(ahead.next(1 << 20), None);
-        assert_eq!(ahead.next(2 << 20), Some((2 << 20, 1 << 20)));
-        ahead.done(Some((3 << 20, 1 << 20)));
+        let ahead = Ahead::new(true, true, LEAST);
+        assert_eq!(ahead.next(LEAST / 4), None, "there is room");
+        assert_eq!(ahead.next(LEAST), Some((LEAST, LEAST)));
+        assert_eq!(ahead.next(LEAST), None, "a task is at it");
+        ahead.done(Some((2 * LEAST, LEAST)));
+        assert_eq!(ahead.next(LEAST), None);
+        assert_eq!(ahead.next(2 * LEAST), Some((2 * LEAST, LEAST)));
+        ahead.done(Some((3 * LEAST, LEAST)));
         assert_eq!(
-            ahead.next(3 << 20),
-            Some((3 << 20, 2 << 20)),
+            ahead.next(3 * LEAST),
+            Some((3 * LEAST, 2 * LEAST)),
             "as much as all so far"
         );
-        ahead.done(Some((5 << 20, 2 << 20)));
-        assert_eq!(ahead.next(80 << 20), Some((80 << 20, 10 << 20)));
+        ahead.done(Some((5 * LEAST, 2 * LEAST)));
+        assert_eq!(
+            ahead.next(80 * LEAST),
+            Some((5 * LEAST, 75 * LEAST + 10 * LEAST)),
+            "for all who wait"
+        );
         ahead.done(None);
         assert_eq!(ahead.next(1 << 40), None, "the host refused");
         assert_eq!(Ahead::new(false, true, 0).next(1 << 20), None);
         assert_eq!(
             Ahead::new(true, true, 0).next(1 << 40),
-            Some((1 << 40, MOST))
+            Some(((1 << 40) - WIDEST_GAP, MOST + WIDEST_GAP))
         );
         let cached = Ahead::new(true, false, 0);
         assert_eq!(cached.next(1 << 20), None);
