@@ -92,12 +92,14 @@ impl Straight {
     fn reap(&mut self) -> Result<u64> {
         self.io.wait(None)?;
         self.io.reap(&mut self.completions);
-        let mut reaped = 0;
-        for completion in self.completions.drain(..) {
+        let reaped = self.completions.len() as u64;
+        for completion in &mut self.completions {
             completion.result.map_err(|kind| kind.to_string())?;
-            self.spare.extend(completion.buffers);
-            reaped += 1;
+            if let Some(buffers) = &mut completion.buffers {
+                self.spare.push(std::mem::take(buffers));
+            }
         }
+        self.completions.clear();
         Ok(reaped)
     }
 }
@@ -110,9 +112,10 @@ impl Load for Straight {
         loop {
             if !stop.reached(started) {
                 started += self.spare.len() as u64;
-                for buffers in self.spare.drain(..) {
-                    let offset = random.below(blocks) * self.work.block;
-                    let op = match self.work.direction {
+                let (direction, block) = (self.work.direction, self.work.block);
+                self.batch.extend(self.spare.drain(..).map(|buffers| {
+                    let offset = random.below(blocks) * block;
+                    let op = match direction {
                         Direction::Read => RequestOp::Read { offset, buffers },
                         Direction::Write => RequestOp::Write {
                             offset,
@@ -120,8 +123,8 @@ impl Load for Straight {
                             fua: false,
                         },
                     };
-                    self.batch.push(Request { id: 0, op });
-                }
+                    Request { id: 0, op }
+                }));
                 self.io.submit(&mut self.batch);
             } else if self.io.in_flight() == 0 {
                 return Ok(ended);

@@ -143,8 +143,16 @@ impl Extents {
 
     /// Appends a run, merging it with the last one where they continue each other. Opaque runs
     /// are merged too: their image serves any range.
+    #[inline]
     pub fn push(&mut self, len: u64, kind: ExtentKind) {
         self.len += len;
+        if self.list.is_empty() || !self.continues(len, kind) {
+            self.list.push(Extent { len, kind });
+        }
+    }
+
+    /// Whether a run was merged with the last one.
+    fn continues(&mut self, len: u64, kind: ExtentKind) -> bool {
         if let Some(last) = self.list.last_mut() {
             let continues = match (last.kind, kind) {
                 (ExtentKind::Zero, ExtentKind::Zero) => true,
@@ -175,10 +183,10 @@ impl Extents {
             };
             if continues {
                 last.len += len;
-                return;
             }
+            return continues;
         }
-        self.list.push(Extent { len, kind });
+        false
     }
 }
 

@@ -15,31 +15,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use smallvec::SmallVec;
-
 use crate::{
-    Error, ErrorKind, FileId, GuestRange, Result,
+    Error, ErrorKind, GuestRange, Result,
     hooks::Mutation,
-    image::{Extent, ExtentKind, Extents, Intent},
+    image::{Extents, Intent},
     io::{
         AsyncIo, Buffers, Completion, Driver, EngineFile, InFlight, Io, Key, MemoryRegions, NewOp,
-        OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab, is_aligned,
+        OpKind, Owner, Pin, Request, RequestOp, RequestSink, Segments, Slab,
     },
     serve::{self, Served},
 };
 
-use direct::{Direct, FileUse};
+use direct::Direct;
 
 /// The most requests a queue accepts at a time.
 const MAX_DEPTH: u32 = 65_536;
-
-/// Ranges a write entered in the tables of its files.
-type Entered = SmallVec<[(FileId, u64, u64); 2]>;
-
-/// The change that a request makes which hit the map.
-fn mutation_of(intent: Intent, range: GuestRange) -> Option<Mutation> {
-    (intent == Intent::WriteInPlace).then_some(Mutation::Write(range))
-}
 
 pub(crate) struct QueueInner {
     io: Io,
@@ -131,58 +121,46 @@ impl Queue {
 
 impl QueueInner {
     /// Starts a request as far as it gets, pinned along with `held`; without that it waits until the
-    /// disk is no longer drained.
-    fn start(self: &Rc<Self>, request: Request, held: Option<Pin>) {
+    /// disk is no longer drained. What is left of the request means nothing.
+    fn start(self: &Rc<Self>, request: &mut Request, held: Option<Pin>) {
         let Some(held) = held else {
-            self.hold(request);
+            self.hold(request.take());
             return;
         };
         // Under the pin: the size does not change any more, nor is the disk closed.
         if let Err(kind) = serve::check(&self.served, &request.op) {
-            self.complete(request.id, Err(kind), buffers_of(request.op));
+            self.complete(request.id, Err(kind), buffers_of(request.take().op));
             return;
         }
         let pin = self.io.pins.pin_along(held);
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
-        match request.op {
+        let id = request.id;
+        let started = match &mut request.op {
             RequestOp::Read { offset, buffers } => {
-                let range = GuestRange::new(offset, buffers.len());
-                let op = |buffers| RequestOp::Read { offset, buffers };
-                match self.try_direct(request.id, range, buffers, pin, Intent::Read, false) {
-                    Ok(()) => {}
-                    Err(buffers) => self.start_task(request.id, op(buffers), pin, mutation),
-                }
+                let range = GuestRange::new(*offset, buffers.len());
+                self.try_direct(id, range, buffers, pin, Intent::Read, false)
             }
             RequestOp::Write {
                 offset,
                 buffers,
                 fua,
             } => {
-                let range = GuestRange::new(offset, buffers.len());
-                let op = |buffers| RequestOp::Write {
-                    offset,
-                    buffers,
-                    fua,
-                };
-                let allowed = self.served.policy.allows_direct_write() && !self.is_guarded(range);
-                let intent = Intent::WriteInPlace;
-                let fua = fua && !self.io.never_syncs();
-                match if allowed {
-                    self.try_direct(request.id, range, buffers, pin, intent, fua)
-                } else {
-                    Err(buffers)
-                } {
-                    Ok(()) => {}
-                    Err(buffers) => self.start_task(request.id, op(buffers), pin, mutation),
-                }
+                let range = GuestRange::new(*offset, buffers.len());
+                let fua = *fua && !self.io.never_syncs();
+                self.served.policy.allows_direct_write()
+                    && !self.is_guarded(range)
+                    && self.try_direct(id, range, buffers, pin, Intent::WriteInPlace, fua)
             }
-            op => self.start_task(request.id, op, pin, mutation),
+            _ => false,
+        };
+        if !started {
+            self.start_task(id, request.take().op, pin, mutation);
         }
     }
 
     /// Starts requests under one pin.
-    fn start_all(self: &Rc<Self>, requests: impl IntoIterator<Item = Request>) {
+    fn start_all<'a>(self: &Rc<Self>, requests: impl IntoIterator<Item = &'a mut Request>) {
         let pins = &self.io.core.pins;
         let pin = self.io.pins.pin(pins);
         for request in requests {
@@ -197,216 +175,6 @@ impl QueueInner {
         match &self.served.guard {
             Some(guard) => guard.concerns(range, self.served.image.size()),
             None => false,
-        }
-    }
-
-    /// Starts a read or write whose whole range the map knows, straight on the engine. Gives the
-    /// buffers back when that cannot be done.
-    fn try_direct(
-        self: &Rc<Self>,
-        id: u64,
-        range: GuestRange,
-        buffers: Buffers,
-        pin: Pin,
-        intent: Intent,
-        dsync: bool,
-    ) -> Result<(), Buffers> {
-        if self.io.core.faults.any() {
-            return Err(buffers);
-        }
-        let mut extents = self.extents.borrow_mut();
-        extents.clear();
-        let mapped =
-            self.served
-                .image
-                .try_map(range, intent, &mut self.io.cache.borrow_mut(), &mut extents);
-        if mapped.is_err() || extents.len() != range.len || range.len == 0 {
-            return Err(buffers);
-        }
-        // Asked after the lookup: what was found then is what is durable.
-        if dsync && !self.served.image.mapping_is_durable(range) {
-            return Err(buffers);
-        }
-        if let [
-            Extent {
-                kind: ExtentKind::Data { file, offset },
-                ..
-            },
-        ] = extents.as_slice()
-        {
-            let place = (*file, offset.0);
-            drop(extents);
-            return self.start_single(id, range, buffers, pin, intent, dsync, place);
-        }
-        let mut entered = Entered::new();
-        if !self.can_start(&extents, &buffers, intent, &mut entered) {
-            self.leave(&entered);
-            return Err(buffers);
-        }
-        let slot = self.direct.borrow_mut().insert(Direct {
-            id,
-            buffers: None,
-            pin,
-            operations: 1,
-            error: None,
-            mutation: mutation_of(intent, range),
-            entered,
-        });
-        let mut at = 0;
-        for extent in extents.as_slice() {
-            if let ExtentKind::Data { file, offset } = extent.kind {
-                if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
-                    direct.operations += 1;
-                }
-                // Files were registered when `can_start` looked at them.
-                let started = self.io.with_file(file, FileUse::of);
-                match started {
-                    Ok(file) => {
-                        let segments = buffers.part(at, extent.len);
-                        self.start_operation(slot, &file, intent, dsync, offset.0, segments);
-                    }
-                    Err(error) => self.operation_ended(slot, Err(error.kind())),
-                }
-            } else {
-                buffers.fill_zero(at, extent.len);
-            }
-            at += extent.len;
-        }
-        drop(extents);
-        // The buffers stay with the request until the last operation ended.
-        if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
-            direct.buffers = Some(buffers);
-        }
-        self.operation_ended(slot, Ok(()));
-        Ok(())
-    }
-
-    /// [`try_direct`](Self::try_direct) for what almost every request is: one run of a file.
-    #[expect(clippy::too_many_arguments, reason = "a part of its one caller")]
-    fn start_single(
-        &self,
-        id: u64,
-        range: GuestRange,
-        buffers: Buffers,
-        pin: Pin,
-        intent: Intent,
-        dsync: bool,
-        (file, offset): (FileId, u64),
-    ) -> Result<(), Buffers> {
-        let mut entered = Entered::new();
-        let usable = self.io.with_file(file, |view| {
-            if !view.entry.file.alignment().is_none() {
-                if !is_aligned(view.entry, offset, buffers.segments()) {
-                    return None;
-                }
-                if intent == Intent::WriteInPlace
-                    && let Some(ranges) = &view.entry.ranges
-                {
-                    let end = offset.saturating_add(range.len);
-                    if !ranges.try_enter(offset, end) {
-                        return None;
-                    }
-                    entered.push((file, offset, end));
-                }
-            }
-            Some(FileUse::of(view))
-        });
-        let Ok(Some(file)) = usable else {
-            return Err(buffers);
-        };
-        let segments = Segments::from_slice(buffers.segments());
-        let slot = self.direct.borrow_mut().insert(Direct {
-            id,
-            buffers: Some(buffers),
-            pin,
-            operations: 1,
-            error: None,
-            mutation: mutation_of(intent, range),
-            entered,
-        });
-        self.start_operation(slot, &file, intent, dsync, offset, segments);
-        Ok(())
-    }
-
-    /// Starts an operation of the request in `slot`, which keeps the memory of the segments.
-    fn start_operation(
-        &self,
-        slot: Key,
-        file: &FileUse,
-        intent: Intent,
-        dsync: bool,
-        offset: u64,
-        segments: Segments,
-    ) {
-        let op = NewOp {
-            kind: match intent {
-                Intent::Read => OpKind::Read { eof: file.eof },
-                Intent::WriteInPlace => OpKind::Write { dsync },
-            },
-            file: file.engine_file,
-            offset,
-            segments,
-            unit: file.unit,
-            buffer: None,
-        };
-        let queue = self.number.get();
-        self.io.driver.start(op, Owner::Request { queue, slot });
-    }
-
-    /// Whether every extent can be given to the engine as it is; enters the ranges of writes.
-    fn can_start(
-        &self,
-        extents: &Extents,
-        buffers: &Buffers,
-        intent: Intent,
-        entered: &mut Entered,
-    ) -> bool {
-        let mut at = 0;
-        for extent in extents.as_slice() {
-            match extent.kind {
-                ExtentKind::Zero => {}
-                // A task serves it: its data passes through a buffer of its own.
-                ExtentKind::Opaque { .. } | ExtentKind::Encrypted { .. } => return false,
-                ExtentKind::Data { file, offset } => {
-                    let fits = self.io.with_file(file, |view| {
-                        if view.entry.file.alignment().is_none() {
-                            return true;
-                        }
-                        let aligned = if extents.as_slice().len() == 1 {
-                            is_aligned(view.entry, offset.0, buffers.segments())
-                        } else {
-                            is_aligned(view.entry, offset.0, &buffers.part(at, extent.len))
-                        };
-                        let end = offset.0.saturating_add(extent.len);
-                        match &view.entry.ranges {
-                            Some(ranges) if aligned && intent == Intent::WriteInPlace => {
-                                let free = ranges.try_enter(offset.0, end);
-                                if free {
-                                    entered.push((file, offset.0, end));
-                                }
-                                free
-                            }
-                            _ => aligned,
-                        }
-                    });
-                    if !matches!(fits, Ok(true)) {
-                        return false;
-                    }
-                }
-            }
-            at += extent.len;
-        }
-        true
-    }
-
-    fn leave(&self, entered: &Entered) {
-        for (file, start, end) in entered {
-            let left = self.io.with_file(*file, |view| {
-                if let Some(ranges) = &view.entry.ranges {
-                    ranges.leave(*start, *end);
-                }
-            });
-            debug_assert!(left.is_ok(), "a file that was entered exists");
         }
     }
 
@@ -436,8 +204,8 @@ impl QueueInner {
         self.io.driver.spawn(Box::pin(async move {
             loop {
                 queue.io.core.pins.opened().await;
-                let held = queue.held.take();
-                queue.start_all(held);
+                let mut held = queue.held.take();
+                queue.start_all(&mut held);
                 if queue.held.borrow().is_empty() {
                     return;
                 }
@@ -464,36 +232,7 @@ fn buffers_of(op: RequestOp) -> Option<Buffers> {
 
 impl RequestSink for QueueInner {
     fn operation_ended(&self, slot: Key, result: Result<(), ErrorKind>) {
-        let mut slots = self.direct.borrow_mut();
-        let Some(direct) = slots.get_mut(slot) else {
-            debug_assert!(false, "an operation ended after its request");
-            return;
-        };
-        if let Err(kind) = result {
-            direct.error.get_or_insert(kind);
-        }
-        direct.operations -= 1;
-        if direct.operations > 0 {
-            return;
-        }
-        let (id, pin, mutation) = (direct.id, direct.pin, direct.mutation);
-        let result = direct.error.map_or(Ok(()), Err);
-        let entered = std::mem::take(&mut direct.entered);
-        // Moved once, from here to where it is reaped: it is large.
-        self.completed.borrow_mut().push(Completion {
-            id,
-            result,
-            buffers: direct.buffers.take(),
-        });
-        self.io.driver.undelivered(1);
-        slots.discard(slot);
-        drop(slots);
-        self.leave(&entered);
-        self.io.pins.unpin(&self.io.core.pins, pin);
-        if let Err(kind) = result {
-            tracing::warn!(disk = %self.io.core.path.display(), %kind, "host operation failed");
-        }
-        self.served.hooks.end(mutation, result);
+        self.end_operation(slot, result);
     }
 
     fn watch_fired(&self, id: u64, result: Result<(), ErrorKind>) {
@@ -508,7 +247,8 @@ impl AsyncIo for Queue {
         let room = inner.capacity.saturating_sub(inner.in_flight.get());
         let take = room.min(batch.len());
         inner.in_flight.add(take);
-        inner.start_all(batch.drain(..take));
+        inner.start_all(&mut batch[..take]);
+        batch.drain(..take);
         self.plugged = true;
         if self.driver().is_notifying() {
             self.driver().submit();

@@ -14,6 +14,16 @@ pub struct Request {
     pub op: RequestOp,
 }
 
+impl Request {
+    /// Takes it; what stays asks for nothing that matters.
+    pub(crate) fn take(&mut self) -> Self {
+        Self {
+            id: self.id,
+            op: std::mem::replace(&mut self.op, RequestOp::Flush),
+        }
+    }
+}
+
 /// What a request asks for. Offsets and lengths are in bytes.
 #[derive(Debug)]
 pub enum RequestOp {

@@ -79,6 +79,17 @@ pub struct Buffers {
     owner: Owner,
 }
 
+impl Default for Buffers {
+    /// No memory.
+    fn default() -> Self {
+        Self {
+            segments: Segments::new(),
+            len: 0,
+            owner: Owner::Owned(AlignedBuf::zeroed(0)),
+        }
+    }
+}
+
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(&self.segments).finish()

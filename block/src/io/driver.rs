@@ -20,7 +20,7 @@ use std::{
 
 use super::{
     AlignedBuf, Engine, EngineFile, MemoryRegions, Started, Token,
-    operation::{NewOp, Op, Owner, RequestSink},
+    operation::{NewOp, Op, Owner, RequestSink, Transfer},
     slab::{Key, Slab},
     wake::{CURRENT, RootWaker, TaskWaker, WakeQueue},
 };
@@ -181,14 +181,28 @@ impl Driver {
             None => Box::new(Op::new(new, owner)),
         };
         let key = self.ops.borrow_mut().insert(boxed);
-        if self.backlog.borrow().is_empty() {
-            if !self.try_start(key) {
-                self.backlog.borrow_mut().push_back(key);
+        self.launch(key);
+        key
+    }
+
+    /// The first half of [`start`](Self::start) for a transfer; [`launch`](Self::launch) is the second.
+    pub(crate) fn prepare(&self, transfer: &Transfer<'_>, owner: Owner) -> Key {
+        let spare = self.spare.borrow_mut().pop();
+        let boxed = match spare {
+            Some(mut op) => {
+                op.renew_transfer(transfer, owner);
+                op
             }
-        } else {
+            None => Box::new(Op::transfer(transfer, owner)),
+        };
+        self.ops.borrow_mut().insert(boxed)
+    }
+
+    /// Starts what was prepared, or puts it behind what the engine had no room for. It may end at once.
+    pub(crate) fn launch(&self, key: Key) {
+        if !self.backlog.borrow().is_empty() || !self.try_start(key) {
             self.backlog.borrow_mut().push_back(key);
         }
-        key
     }
 
     /// Starts or continues an operation; `false` when the engine has no room.

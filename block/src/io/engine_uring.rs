@@ -201,6 +201,7 @@ impl UringEngine {
     ///
     /// # Safety
     /// What the entry points to stays valid until its completion was reaped.
+    #[inline(always)]
     unsafe fn push(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: the caller vouches for the entry.
         if unsafe { self.ring.submission().push(entry) }.is_ok() {
@@ -208,6 +209,23 @@ impl UringEngine {
         }
         // SAFETY: the caller vouches for the entry.
         self.submit().is_ok() && unsafe { self.ring.submission().push(entry) }.is_ok()
+    }
+
+    /// [`push`](Self::push) for the entry of an operation; an engine result when there is none.
+    ///
+    /// # Safety
+    /// As for [`Engine::start`].
+    unsafe fn push_operation(
+        &mut self,
+        op: &HostOp<'_>,
+        index: u32,
+        target: Target,
+    ) -> std::result::Result<bool, i32> {
+        let user_data = u64::from(index);
+        let place = &mut self.slots[index as usize].timeout;
+        let entry = entry(op, target, &self.memory, place)?;
+        // SAFETY: the caller keeps segments and memory, the slot a timer's duration.
+        Ok(unsafe { self.push(&entry.user_data(user_data)) })
     }
 
     /// Takes what is in the completion queue; returns how many operations ended.
@@ -380,26 +398,25 @@ impl Engine for UringEngine {
         let Some(index) = self.free.pop() else {
             return Started::Full;
         };
-        let place = &mut self.slots[index as usize].timeout;
-        let (entry, kind) = match entry(&op, target, &self.memory, place) {
-            Ok(made) => made,
-            Err(result) => {
-                self.free.push(index);
-                return Started::Done(result);
-            }
-        };
-        let entry = entry.user_data(u64::from(index));
+        let kind = Kind::of(&op);
         if kind != Kind::Watch
             && let Some(read) = self.lone.take_held()
         {
             self.push_lone(&read);
         }
-        // SAFETY: the caller keeps segments and memory, the slot keeps a timer's duration.
-        if !unsafe { self.hold(&op, index, &entry) } {
-            // SAFETY: as above.
-            if !unsafe { self.push(&entry) } {
-                self.free.push(index);
-                return Started::Full;
+        // SAFETY: the caller keeps segments and memory.
+        if !unsafe { self.hold(&op, index, target) } {
+            // SAFETY: as above, and the slot keeps a timer's duration.
+            match unsafe { self.push_operation(&op, index, target) } {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.free.push(index);
+                    return Started::Full;
+                }
+                Err(result) => {
+                    self.free.push(index);
+                    return Started::Done(result);
+                }
             }
             if kind != Kind::Watch {
                 self.batch += 1;

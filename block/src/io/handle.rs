@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    AlignedBuf, EngineFile, FallocateMode, Segment, Segments, buffers,
+    AlignedBuf, EngineFile, FallocateMode, IoAlignment, Segment, Segments, buffers,
     core::{DiskCore, FileEntry},
     driver::Driver,
     operation::{Eof, NewOp, OpKind},
@@ -24,6 +24,7 @@ use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
 struct OpenFile {
     entry: Arc<FileEntry>,
     engine_file: EngineFile,
+    alignment: IoAlignment,
 }
 
 /// Asynchronous I/O on the files of one disk, by one queue. It stays on the queue's thread.
@@ -40,6 +41,8 @@ pub struct Io {
 pub(crate) struct FileView<'a> {
     pub(crate) entry: &'a Arc<FileEntry>,
     pub(crate) engine_file: EngineFile,
+    /// The file's, without a look at the file.
+    pub(crate) alignment: IoAlignment,
 }
 
 impl Io {
@@ -62,7 +65,12 @@ impl Io {
         for index in files.len() as u32..count {
             let entry = self.core.file(FileId(index))?;
             let engine_file = self.driver.register(&entry.file)?;
-            files.push(OpenFile { entry, engine_file });
+            let alignment = entry.file.alignment();
+            files.push(OpenFile {
+                entry,
+                engine_file,
+                alignment,
+            });
         }
         Ok(())
     }
@@ -83,6 +91,7 @@ impl Io {
         Ok(use_file(FileView {
             entry: &file.entry,
             engine_file: file.engine_file,
+            alignment: file.alignment,
         }))
     }
 

@@ -62,7 +62,7 @@ pub(crate) use handle::{FileView, is_aligned};
 pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};
-pub(crate) use operation::{Eof, NewOp, OpKind, Owner, RequestSink};
+pub(crate) use operation::{Eof, NewOp, OpKind, Owner, RequestSink, Transfer};
 pub(crate) use pins::{Drained, Pin};
 pub(crate) use ranges::RangeTable;
 pub(crate) use slab::{Key, Slab};

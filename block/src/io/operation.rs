@@ -2,7 +2,7 @@
 
 use std::{task::Waker, time::Duration};
 
-use super::{AlignedBuf, EngineFile, FallocateMode, HostOp, Segments, buffers, slab::Key};
+use super::{AlignedBuf, EngineFile, FallocateMode, HostOp, Segment, Segments, buffers, slab::Key};
 use crate::{ErrorKind, Result};
 
 /// Retries of one operation that was interrupted without progress before it is given up.
@@ -52,6 +52,16 @@ pub(crate) struct NewOp {
     pub(crate) buffer: Option<AlignedBuf>,
 }
 
+/// A transfer to start whose memory somebody else keeps.
+pub(crate) struct Transfer<'a> {
+    pub(crate) kind: OpKind,
+    pub(crate) file: EngineFile,
+    pub(crate) offset: u64,
+    pub(crate) segments: &'a [Segment],
+    /// The unit that direct I/O on the file moves; 1 for buffered.
+    pub(crate) unit: u32,
+}
+
 /// An operation that was started.
 pub(super) struct Op {
     pub(super) new: NewOp,
@@ -66,7 +76,7 @@ pub(super) struct Op {
 impl Op {
     pub(super) fn new(new: NewOp, owner: Owner) -> Self {
         Self {
-            total: total(&new),
+            total: total(&new.segments),
             new,
             owner,
             result: None,
@@ -75,11 +85,38 @@ impl Op {
         }
     }
 
+    pub(super) fn transfer(transfer: &Transfer<'_>, owner: Owner) -> Self {
+        let new = NewOp {
+            kind: transfer.kind,
+            file: transfer.file,
+            offset: transfer.offset,
+            segments: Segments::from_slice(transfer.segments),
+            unit: transfer.unit,
+            buffer: None,
+        };
+        Self::new(new, owner)
+    }
+
     /// Makes it another operation, in the same place.
     pub(super) fn renew(&mut self, new: NewOp, owner: Owner) {
-        // Field by field: an operation is large, and this way it is copied once.
-        self.total = total(&new);
         self.new = new;
+        self.begin(owner);
+    }
+
+    /// [`renew`](Self::renew) for a transfer: field by field, since copies of what was just written wait for it.
+    pub(super) fn renew_transfer(&mut self, transfer: &Transfer<'_>, owner: Owner) {
+        self.new.kind = transfer.kind;
+        self.new.file = transfer.file;
+        self.new.offset = transfer.offset;
+        self.new.segments.clear();
+        self.new.segments.extend_from_slice(transfer.segments);
+        self.new.unit = transfer.unit;
+        self.new.buffer = None;
+        self.begin(owner);
+    }
+
+    fn begin(&mut self, owner: Owner) {
+        self.total = total(&self.new.segments);
         self.owner = owner;
         self.result = None;
         self.done = 0;
@@ -155,9 +192,8 @@ impl Op {
     }
 }
 
-fn total(new: &NewOp) -> u64 {
-    let lengths = new.segments.iter().map(|segment| segment.len() as u64);
-    lengths.sum()
+fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.len() as u64).sum()
 }
 
 /// Receives the end of operations that requests started without a task.

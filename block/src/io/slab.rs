@@ -107,13 +107,32 @@ impl<T> Slab<T> {
             .filter_map(|place| place.value)
     }
 
-    /// Ends a tenancy and drops the value where it is.
-    pub(crate) fn discard(&mut self, key: Key) {
-        let Some(place) = self.places.get_mut(key.index as usize) else {
-            return;
+    /// Takes a free place with what its last tenant left there, to be filled where it is: a large value that is
+    /// put together elsewhere is copied, and the copy waits for the parts.
+    pub(crate) fn occupy(&mut self) -> (Key, &mut T)
+    where
+        T: Default,
+    {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.places.push(Place {
+                generation: 0,
+                value: None,
+            });
+            u32::try_from(self.places.len() - 1).expect("fewer than 2^32 places are in use")
+        });
+        let place = &mut self.places[index as usize];
+        let key = Key {
+            index,
+            generation: place.generation,
         };
-        if place.generation == key.generation && place.value.is_some() {
-            place.value = None;
+        (key, place.value.get_or_insert_with(T::default))
+    }
+
+    /// Ends a tenancy and leaves the value for the next one.
+    pub(crate) fn vacate(&mut self, key: Key) {
+        if let Some(place) = self.places.get_mut(key.index as usize)
+            && place.generation == key.generation
+        {
             place.generation = place.generation.wrapping_add(1);
             self.free.push(key.index);
         }
@@ -140,10 +159,14 @@ mod tests {
         assert_eq!(slab.remove(first), None);
         assert_eq!(slab.get_mut(second), Some(&mut 2));
         assert_eq!(Key::from_u64(second.to_u64()), second);
-        slab.discard(first);
+        slab.vacate(first);
         assert_eq!(slab.len(), 1);
-        slab.discard(second);
+        slab.vacate(second);
         assert_eq!(slab.len(), 0);
         assert_eq!(slab.get_mut(second), None);
+        let (third, value) = slab.occupy();
+        assert_eq!((third.index, *value), (second.index, 2), "what was left");
+        assert_eq!(*slab.occupy().1, 0);
+        assert_eq!((slab.len(), slab.get_mut(third)), (2, Some(&mut 2)));
     }
 }

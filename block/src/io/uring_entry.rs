@@ -21,6 +21,16 @@ pub(super) enum Kind {
     Watch,
 }
 
+impl Kind {
+    pub(super) fn of(op: &HostOp<'_>) -> Self {
+        match op {
+            HostOp::Timer { .. } => Kind::Timer,
+            HostOp::PollReadable { .. } => Kind::Watch,
+            _ => Kind::File,
+        }
+    }
+}
+
 /// The file of an operation, as an entry names it.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
@@ -29,7 +39,12 @@ pub(super) struct Target {
     pub(super) flags: squeue::Flags,
 }
 
-/// The entry of a read or write of one or several segments.
+/// Makes the entry of a read or write of one or several segments.
+///
+/// An entry is 64 bytes of small fields. Moved as a whole right after they were written, as the builders of
+/// the `io_uring` crate do, it waited for them in the processor's store buffer, and that was half of what
+/// starting an operation cost. Words that are put together in registers do not.
+#[inline(always)]
 fn transfer(
     target: Target,
     memory: &RegisteredMemory,
@@ -37,59 +52,80 @@ fn transfer(
     segments: &[Segment],
     write: Option<i32>,
 ) -> squeue::Entry {
-    let fd = types::Fd(target.fd);
     let segments = sys::prefix(segments, target.unit);
-    if let [segment] = segments {
-        let base = segment.as_ptr();
-        let len = segment.len().min(MAX_TRANSFER) as u32;
+    let (opcode, address, len, index) = if let [segment] = segments {
         let fixed = memory.find(segment);
-        return match (write, fixed) {
-            (None, None) => opcode::Read::new(fd, base, len).offset(offset).build(),
-            (None, Some(index)) => opcode::ReadFixed::new(fd, base, len, index)
-                .offset(offset)
-                .build(),
-            (Some(flags), None) => opcode::Write::new(fd, base, len)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
-            (Some(flags), Some(index)) => opcode::WriteFixed::new(fd, base, len, index)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
+        let opcode = match (write, fixed) {
+            (None, None) => opcode::Read::CODE,
+            (None, Some(_)) => opcode::ReadFixed::CODE,
+            (Some(_), None) => opcode::Write::CODE,
+            (Some(_), Some(_)) => opcode::WriteFixed::CODE,
         };
-    }
-    // A segment is laid out as an iovec.
-    let list = segments.as_ptr().cast();
-    let count = segments.len() as u32;
-    match write {
-        None => opcode::Readv::new(fd, list, count).offset(offset).build(),
-        Some(flags) => opcode::Writev::new(fd, list, count)
-            .offset(offset)
-            .rw_flags(flags)
-            .build(),
-    }
+        let len = segment.len().min(MAX_TRANSFER);
+        (opcode, segment.as_ptr().addr(), len, fixed.unwrap_or(0))
+    } else {
+        // A segment is laid out as an iovec.
+        let opcode = match write {
+            None => opcode::Readv::CODE,
+            Some(_) => opcode::Writev::CODE,
+        };
+        (opcode, segments.as_ptr().addr(), segments.len(), 0)
+    };
+    let rw_flags = write.unwrap_or(0) as u32;
+    entry_of([
+        u64::from(opcode) | u64::from(target.flags.bits()) << 8 | (target.fd as u64) << 32,
+        offset,
+        address as u64,
+        len as u64 | u64::from(rw_flags) << 32,
+        0,
+        u64::from(index),
+        0,
+        0,
+    ])
 }
 
-/// The entry of an operation, without its user data; an engine result when it cannot be made. A
-/// timer's duration is left in `timeout`, where the kernel reads it.
+/// The entry of these words, those of the kernel's `struct io_uring_sqe` (`linux/io_uring.h`).
+#[inline(always)]
+fn entry_of(words: [u64; 8]) -> squeue::Entry {
+    // SAFETY: the type is `repr(C)` around that structure, plain numbers of the same size.
+    unsafe { std::mem::transmute::<[u64; 8], squeue::Entry>(words) }
+}
+
+/// An offset of -1 means the current position to the kernel, others are negative.
+#[inline(always)]
+fn check(number: u64) -> Result<u64, i32> {
+    i64::try_from(number)
+        .map(|_| number)
+        .map_err(|_| -libc::EINVAL)
+}
+
+/// The entry of a read, without its user data; an engine result when it cannot be made.
+pub(super) fn read_entry(
+    target: Target,
+    memory: &RegisteredMemory,
+    offset: u64,
+    segments: &[Segment],
+) -> Result<squeue::Entry, i32> {
+    let offset = check(offset)?;
+    Ok(transfer(target, memory, offset, segments, None))
+}
+
+/// The entry of an operation, without its user data; an engine result when it cannot be made. A timer's duration
+/// is left in `timeout`, where the kernel reads it.
+#[inline(always)]
 pub(super) fn entry(
     op: &HostOp<'_>,
     target: Target,
     memory: &RegisteredMemory,
     timeout: &mut types::Timespec,
-) -> Result<(squeue::Entry, Kind), i32> {
-    // An offset of -1 means the current position to the kernel, others are negative.
-    let check = |number: u64| match i64::try_from(number) {
-        Ok(_) => Ok(number),
-        Err(_) => Err(-libc::EINVAL),
-    };
+) -> Result<squeue::Entry, i32> {
     let fd = types::Fd(target.fd);
-    let (entry, kind) = match *op {
+    let entry = match *op {
         HostOp::Read {
             offset, segments, ..
         } => {
-            let entry = transfer(target, memory, check(offset)?, segments, None);
-            (entry, Kind::File)
+            let offset = check(offset)?;
+            return Ok(transfer(target, memory, offset, segments, None));
         }
         HostOp::Write {
             offset,
@@ -98,30 +134,25 @@ pub(super) fn entry(
             ..
         } => {
             let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-            let entry = transfer(target, memory, check(offset)?, segments, Some(flags));
-            (entry, Kind::File)
+            let offset = check(offset)?;
+            return Ok(transfer(target, memory, offset, segments, Some(flags)));
         }
-        HostOp::Sync { .. } => {
-            let fsync = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC);
-            (fsync.build(), Kind::File)
-        }
+        HostOp::Sync { .. } => opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
         HostOp::Fallocate {
             mode, offset, len, ..
-        } => {
-            let entry = opcode::Fallocate::new(fd, check(len)?)
-                .offset(check(offset)?)
-                .mode(sys::fallocate_flags(mode))
-                .build();
-            (entry, Kind::File)
-        }
+        } => opcode::Fallocate::new(fd, check(len)?)
+            .offset(check(offset)?)
+            .mode(sys::fallocate_flags(mode))
+            .build(),
         HostOp::Timer { after } => {
             *timeout = types::Timespec::from(after.min(MAX_TIMEOUT));
-            (opcode::Timeout::new(timeout).build(), Kind::Timer)
+            opcode::Timeout::new(timeout).build()
         }
         HostOp::PollReadable { fd } => {
-            let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32);
-            (poll.build(), Kind::Watch)
+            opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build()
         }
     };
-    Ok((entry.flags(target.flags), kind))
+    Ok(entry.flags(target.flags))
 }

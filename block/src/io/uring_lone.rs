@@ -9,9 +9,7 @@
 
 use std::os::fd::RawFd;
 
-use io_uring::squeue;
-
-use super::{Segment, pace::Pace, sys};
+use super::{Segment, pace::Pace, sys, uring_entry::Target};
 
 /// A read that is held.
 pub(super) struct Lone {
@@ -20,8 +18,8 @@ pub(super) struct Lone {
     pub(super) unit: usize,
     pub(super) offset: u64,
     pub(super) segments: *const [Segment],
-    /// The same for the ring.
-    pub(super) entry: squeue::Entry,
+    /// The file for the ring.
+    pub(super) target: Target,
 }
 
 /// The read that is held, and those that were done without the ring.
@@ -101,7 +99,11 @@ mod tests {
     fn after_misses_fewer_reads_are_tried() {
         let mut reads = LoneReads::new(1);
         let missing = |reads: &mut LoneReads| {
-            let entry = io_uring::opcode::Nop::new().build();
+            let target = Target {
+                fd: -1,
+                unit: 1,
+                flags: io_uring::squeue::Flags::empty(),
+            };
             let segments: &'static [Segment] = &[];
             // SAFETY: no memory is named.
             unsafe {
@@ -111,7 +113,7 @@ mod tests {
                     unit: 1,
                     offset: 0,
                     segments,
-                    entry,
+                    target,
                 });
             }
             assert!(reads.try_held().is_some());

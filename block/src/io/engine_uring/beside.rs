@@ -3,12 +3,10 @@
 
 use std::os::fd::RawFd;
 
-use io_uring::squeue;
-
 use super::UringEngine;
 use crate::io::{
     HostOp, Started, Token,
-    uring_entry::Kind,
+    uring_entry::{Kind, Target, read_entry},
     uring_lone::Lone,
     uring_writer::{Write, Writer},
 };
@@ -38,22 +36,27 @@ impl UringEngine {
     /// Lets the ring do a read that was held.
     pub(super) fn push_lone(&mut self, read: &Lone) {
         self.batch += 1;
-        // SAFETY: whoever started the read keeps its memory.
-        if !unsafe { self.push(&read.entry) } {
-            self.lone.failed(read.slot, -libc::EAGAIN);
-        }
+        // SAFETY: whoever started the read keeps its segments.
+        let segments = unsafe { &*read.segments };
+        let result = match read_entry(read.target, &self.memory, read.offset, segments) {
+            Ok(entry) => {
+                let entry = entry.user_data(u64::from(read.slot));
+                // SAFETY: whoever started the read keeps its memory.
+                match unsafe { self.push(&entry) } {
+                    true => return,
+                    false => -libc::EAGAIN,
+                }
+            }
+            Err(result) => result,
+        };
+        self.lone.failed(read.slot, result);
     }
 
     /// A read that is the first of its batch is held; the second operation brings it into the ring.
     ///
     /// # Safety
     /// As for [`Engine::start`].
-    pub(super) unsafe fn hold(
-        &mut self,
-        op: &HostOp<'_>,
-        slot: u32,
-        entry: &squeue::Entry,
-    ) -> bool {
+    pub(super) unsafe fn hold(&mut self, op: &HostOp<'_>, slot: u32, target: Target) -> bool {
         let HostOp::Read {
             file,
             offset,
@@ -77,7 +80,7 @@ impl UringEngine {
                 unit,
                 offset,
                 segments,
-                entry: entry.clone(),
+                target,
             });
         }
         true
