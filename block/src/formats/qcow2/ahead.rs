@@ -200,8 +200,8 @@ mod tests {
         );
         ahead.done(Some((5 * LEAST, 2 * LEAST)));
         assert_eq!(
-            ahead.next(80 * LEAST),
-            Some((5 * LEAST, 75 * LEAST + 10 * LEAST)),
+            ahead.next(40 * LEAST),
+            Some((5 * LEAST, 35 * LEAST + 5 * LEAST)),
             "for all who wait"
         );
         ahead.done(None);
