@@ -28,6 +28,8 @@ pub(super) struct PerWrite {
     pub(super) writes: f64,
     pub(super) bytes: f64,
     pub(super) flushes: f64,
+    pub(super) reads: f64,
+    pub(super) read_bytes: f64,
 }
 
 /// Writes of the shorter and of the longer run: what both have in common (opening, closing) cancels out.
@@ -45,7 +47,7 @@ impl Lab {
         work: Work,
         pattern: Pattern,
     ) -> Result<PerWrite> {
-        let run = |ios| -> Result<Counted> {
+        let run = |ios| -> Result<(Counted, u64, u64)> {
             let (path, format) = match target {
                 Target::Stays(set) => (self.path(set, work.direct)?, format_of(set)),
                 Target::Fresh(fresh) => self.remake(fresh, "fresh.ours", work.size)?,
@@ -58,15 +60,19 @@ impl Lab {
             load.run(Stop::After(ios), 1)?;
             drop(load);
             disk.close()?;
-            Ok(counts.now())
+            let reads = counts.take_reads();
+            let bytes = reads.iter().map(|(_, len)| len).sum();
+            Ok((counts.now(), reads.len() as u64, bytes))
         };
         let (short, long) = (run(SHORT)?, run(LONG)?);
         let per_write =
             |short: u64, long: u64| (long.saturating_sub(short)) as f64 / (LONG - SHORT) as f64;
         Ok(PerWrite {
-            writes: per_write(short.writes, long.writes),
-            bytes: per_write(short.written, long.written),
-            flushes: per_write(short.flushes, long.flushes),
+            writes: per_write(short.0.writes, long.0.writes),
+            bytes: per_write(short.0.written, long.0.written),
+            flushes: per_write(short.0.flushes, long.0.flushes),
+            reads: per_write(short.1, long.1),
+            read_bytes: per_write(short.2, long.2),
         })
     }
 
@@ -112,15 +118,16 @@ impl Lab {
         Ok((run(LONG)?.saturating_sub(run(SHORT)?)) as f64 / flushes as f64)
     }
 
-    /// What the host can do with the operations that we do: fio with as many writes of that size, and as
-    /// many flushes, on a file that is there. And how many of its writes one of ours is.
+    /// What the host can do with the operations that we do: fio with as many writes of that size, as many reads
+    /// of theirs, and as many flushes, on a file that is there. And how many of its writes one of ours is.
     pub(super) fn same_operations(
         &self,
         work: Work,
         each: PerWrite,
     ) -> Result<(Box<dyn Side>, f64)> {
         let writes = each.writes.max(1.0);
-        let size = (each.bytes / writes / 4096.0).round().max(1.0) as u64 * 4096;
+        let block = |bytes: f64| (bytes / 4096.0).round().max(1.0) as u64 * 4096;
+        let size = block(each.bytes / writes);
         let work = Work {
             direction: Direction::Write,
             block: size,
@@ -131,7 +138,12 @@ impl Lab {
         } else {
             0
         };
-        let fio: Fio = self.fio(work)?.flush_every(every);
+        let mut fio: Fio = self.fio(work)?.flush_every(every);
+        // A table now and then is no reading.
+        if each.reads >= 0.5 {
+            let percent = 100.0 * each.reads / (each.reads + writes);
+            fio = fio.reads(percent.round() as u32, block(each.read_bytes / each.reads));
+        }
         Ok((Box::new(fio), writes))
     }
 }

@@ -26,6 +26,8 @@ pub struct Fio {
     pinned: bool,
     /// `fdatasync` after so many writes; 0: never.
     flush_every: u64,
+    /// Percentage of reads between the writes, and their size.
+    reads: Option<(u32, u64)>,
     /// Processor time of a run that does nothing.
     overhead: Duration,
 }
@@ -42,6 +44,7 @@ impl Fio {
             jobs: 1,
             pinned: false,
             flush_every: 0,
+            reads: None,
             overhead: Duration::ZERO,
         };
         let mut idle: Vec<Duration> = Vec::new();
@@ -71,6 +74,13 @@ impl Fio {
         self
     }
 
+    /// Puts so many percent of reads of a size between the writes. Only the writes are counted.
+    #[must_use]
+    pub fn reads(mut self, percent: u32, block: u64) -> Self {
+        self.reads = Some((percent, block));
+        self
+    }
+
     /// The options of several pinned threads.
     fn threads(&self) -> Result<Vec<String>> {
         let processors = lanes::processors()?;
@@ -89,9 +99,14 @@ impl Fio {
 
     fn run(&self, more: &[String]) -> Result<Value> {
         let work = &self.work;
-        let rw = match work.direction {
-            Direction::Read => "randread",
-            Direction::Write => "randwrite",
+        let rw = match (work.direction, self.reads) {
+            (Direction::Read, _) => "randread",
+            (Direction::Write, None) => "randwrite",
+            (Direction::Write, Some(_)) => "randrw",
+        };
+        let block = match self.reads {
+            None => work.block.to_string(),
+            Some((_, reads)) => format!("{reads},{}", work.block),
         };
         let mut command = Command::new("fio");
         command
@@ -105,13 +120,16 @@ impl Fio {
             .args(["--iodepth_batch_complete_min=1", "--thread=1"])
             .arg(format!("--filename={}", self.file.display()))
             .arg(format!("--rw={rw}"))
-            .arg(format!("--bs={}", work.block))
+            .arg(format!("--bs={block}"))
             .arg(format!("--size={}", work.size))
             .arg(format!("--direct={}", u8::from(work.direct)))
             .arg(format!("--iodepth={}", work.depth))
             .arg(format!("--iodepth_batch_submit={}", work.depth))
             .arg(format!("--iodepth_batch_complete_max={}", work.depth))
             .args(more);
+        if let Some((percent, _)) = self.reads {
+            command.arg(format!("--rwmixread={percent}"));
+        }
         launch(&mut command)
     }
 }

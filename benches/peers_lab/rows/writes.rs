@@ -46,6 +46,13 @@ fn allocating(rows: &mut Rows) {
                     let mut entry = bench.compare(name, Bars::rate(bar), sides)?;
                     entry.push(Measure::note("host writes/write", each.writes, None));
                     entry.push(Measure::note("host bytes/write", each.bytes, None));
+                    if each.reads >= 0.5 {
+                        entry.push(Measure::note(
+                            "host bytes read/write",
+                            each.read_bytes,
+                            None,
+                        ));
+                    }
                     if every > 0 {
                         entry.push(host_flushes(bench, target, (work, pattern))?);
                     }

@@ -4,8 +4,7 @@
 //! The ring is set up with `SINGLE_ISSUER` and `DEFER_TASKRUN` where the kernel has them: completions
 //! are posted by the driving thread itself, when it enters the kernel, instead of interrupting it.
 //! The kernel tells through `TASKRUN_FLAG` that there is something to post, so
-//! [`reap`](Engine::reap) enters only then, and only if nothing was posted yet: the next `wait` enters
-//! anyway. Older kernels get `COOP_TASKRUN` or a plain ring.
+//! [`reap`](Engine::reap) enters only then. Older kernels get `COOP_TASKRUN` or a plain ring.
 //!
 //! # The notifier
 //! Two kinds of sleep must end: [`wait`](Engine::wait), which sleeps in the ring, and an epoll loop

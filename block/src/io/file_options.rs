@@ -1,5 +1,7 @@
 //! How a host file is opened, and what it demands of I/O then.
 
+use super::Segment;
+
 /// How to open a host file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileOptions {
@@ -33,5 +35,18 @@ impl IoAlignment {
     #[must_use]
     pub fn is_none(self) -> bool {
         self == Self::NONE
+    }
+
+    /// Whether an operation can be given to the file as it is.
+    pub(crate) fn fits(self, offset: u64, segments: &[Segment]) -> bool {
+        if self.is_none() {
+            return true;
+        }
+        let unit = self.offset as usize;
+        offset.is_multiple_of(u64::from(self.offset))
+            && segments.iter().all(|segment| {
+                segment.len().is_multiple_of(unit)
+                    && (segment.as_ptr() as usize).is_multiple_of(self.memory as usize)
+            })
     }
 }

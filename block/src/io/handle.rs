@@ -235,7 +235,7 @@ impl Io {
         segments: Segments,
     ) -> Result<()> {
         let (entry, engine_file) = self.open_file(file)?;
-        if !is_aligned(&entry, offset, &segments) {
+        if !entry.file.alignment().fits(offset, &segments) {
             let len: usize = segments.iter().map(Segment::len).sum();
             let buffer = self.read_buffer(file, offset, len, entry.eof()).await?;
             buffers::scatter(&segments, &buffer);
@@ -276,7 +276,7 @@ impl Io {
     ) -> Result<AlignedBuf> {
         let (entry, _) = self.open_file(file)?;
         let segments = whole(&mut buffer);
-        if is_aligned(&entry, offset, &segments) {
+        if entry.file.alignment().fits(offset, &segments) {
             return self
                 .write_aligned(file, offset, segments, Some(buffer), false)
                 .await?
@@ -295,7 +295,7 @@ impl Io {
         dsync: bool,
     ) -> Result<()> {
         let (entry, _) = self.open_file(file)?;
-        if is_aligned(&entry, offset, &segments) {
+        if entry.file.alignment().fits(offset, &segments) {
             return self
                 .write_aligned(file, offset, segments, None, dsync)
                 .await
@@ -591,18 +591,4 @@ fn whole(buffer: &mut [u8]) -> Segments {
         segments.push(Segment::new(buffer.as_mut_ptr(), buffer.len()));
     }
     segments
-}
-
-/// Whether an operation can be given to the file as it is.
-pub(crate) fn is_aligned(entry: &FileEntry, offset: u64, segments: &[Segment]) -> bool {
-    let alignment = entry.file.alignment();
-    if alignment.is_none() {
-        return true;
-    }
-    let unit = alignment.offset as usize;
-    offset.is_multiple_of(u64::from(alignment.offset))
-        && segments.iter().all(|segment| {
-            segment.len().is_multiple_of(unit)
-                && (segment.as_ptr() as usize).is_multiple_of(alignment.memory as usize)
-        })
 }

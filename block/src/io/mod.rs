@@ -58,7 +58,7 @@ pub(crate) use buffers::{gather, part_of, scatter};
 pub(crate) use busy::InFlight;
 pub(crate) use context::{Contexts, borrowed, borrowed_mut, thread_driver};
 pub(crate) use driver::Driver;
-pub(crate) use handle::{FileView, is_aligned};
+pub(crate) use handle::FileView;
 pub(crate) use loan::{Loan, lend_source, lend_target};
 #[cfg(feature = "tokio-uring")]
 pub(crate) use loan::{LocalLoan, filled, lend_uring_source, lend_uring_target, watch};

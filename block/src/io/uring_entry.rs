@@ -156,3 +156,87 @@ pub(super) fn entry(
     };
     Ok(entry.flags(target.flags))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The words of an entry that the builders of the `io_uring` crate make.
+    fn words(entry: squeue::Entry) -> [u64; 8] {
+        // SAFETY: the type is `repr(C)` around plain numbers of the same size.
+        unsafe { std::mem::transmute::<squeue::Entry, [u64; 8]>(entry) }
+    }
+
+    #[test]
+    fn an_entry_is_what_the_builders_make() {
+        let target = Target {
+            fd: 7,
+            unit: 1,
+            flags: squeue::Flags::FIXED_FILE,
+        };
+        let fd = types::Fd(7);
+        let memory = RegisteredMemory::default();
+        let mut bytes = [0_u8; 1024];
+        let base = bytes.as_mut_ptr();
+        let list = [Segment::new(base, 512), Segment::new(base, 1024)];
+        let (one, both) = (&list[..1], &list[..]);
+        let made = |segments, write| words(transfer(target, &memory, 1 << 40, segments, write));
+        let built = |entry: squeue::Entry| words(entry.flags(target.flags));
+        let offset = 1 << 40;
+        let iovecs = list.as_ptr().cast();
+        assert_eq!(
+            made(one, None),
+            built(opcode::Read::new(fd, base, 512).offset(offset).build())
+        );
+        assert_eq!(
+            made(both, None),
+            built(opcode::Readv::new(fd, iovecs, 2).offset(offset).build())
+        );
+        for flags in [0, libc::RWF_DSYNC] {
+            let write = opcode::Write::new(fd, base, 512).offset(offset);
+            assert_eq!(made(one, Some(flags)), built(write.rw_flags(flags).build()));
+            let writev = opcode::Writev::new(fd, iovecs, 2).offset(offset);
+            assert_eq!(
+                made(both, Some(flags)),
+                built(writev.rw_flags(flags).build())
+            );
+        }
+    }
+
+    #[test]
+    fn a_segment_in_registered_memory_names_it() {
+        let mut ring = io_uring::IoUring::new(1).unwrap();
+        let mut bytes = vec![0_u8; 8192];
+        let base = bytes.as_mut_ptr();
+        let mut memory = RegisteredMemory::default();
+        // SAFETY: the bytes outlive the ring's use of them.
+        assert!(unsafe { memory.register(&ring.submitter(), &[(base, 8192)]) });
+        let target = Target {
+            fd: 3,
+            unit: 1,
+            flags: squeue::Flags::empty(),
+        };
+        let fd = types::Fd(3);
+        let list = [Segment::new(base, 512)];
+        assert_eq!(
+            words(transfer(target, &memory, 4096, &list, None)),
+            words(
+                opcode::ReadFixed::new(fd, base, 512, 0)
+                    .offset(4096)
+                    .build()
+            )
+        );
+        let write = opcode::WriteFixed::new(fd, base, 512, 0).offset(4096);
+        assert_eq!(
+            words(transfer(
+                target,
+                &memory,
+                4096,
+                &list,
+                Some(libc::RWF_DSYNC)
+            )),
+            words(write.rw_flags(libc::RWF_DSYNC).build())
+        );
+        assert!(ring.submission().is_empty());
+    }
+}

@@ -15,7 +15,6 @@ use crate::{
     image::{Extent, ExtentKind, Extents, Intent},
     io::{
         Buffers, Completion, EngineFile, Eof, FileView, Key, OpKind, Owner, Pin, Segment, Transfer,
-        is_aligned,
     },
 };
 
@@ -181,7 +180,7 @@ impl QueueInner {
         let mut entered = Entered::new();
         let usable = self.io.with_file(file, |view| {
             if !view.alignment.is_none() {
-                if !is_aligned(view.entry, offset, buffers.segments()) {
+                if !view.alignment.fits(offset, buffers.segments()) {
                     return None;
                 }
                 if intent == Intent::WriteInPlace
@@ -255,9 +254,9 @@ impl QueueInner {
                             return true;
                         }
                         let aligned = if extents.as_slice().len() == 1 {
-                            is_aligned(view.entry, offset.0, buffers.segments())
+                            view.alignment.fits(offset.0, buffers.segments())
                         } else {
-                            is_aligned(view.entry, offset.0, &buffers.part(at, extent.len))
+                            view.alignment.fits(offset.0, &buffers.part(at, extent.len))
                         };
                         let end = offset.0.saturating_add(extent.len);
                         match &view.entry.ranges {

@@ -148,8 +148,8 @@ impl<F: FrontEnd> Worker<F> {
     }
 
     /// Sets how long [`run`](Self::run) looks for requests before it sleeps, at most
-    /// ([`DEFAULT_POLL_MAX`] otherwise); zero: never, and a second at most. How long it is adapts to how soon the
-    /// guest comes back. On a host of one processor it never looks.
+    /// ([`DEFAULT_POLL_MAX`] otherwise); zero: never, and a second at most. It looks as long as that mostly finds
+    /// some, and not where it sleeps for the disk anyway. On a host of one processor it never looks.
     pub fn set_poll_max(&mut self, limit: Duration) {
         self.polling.set_limit(limit);
     }
