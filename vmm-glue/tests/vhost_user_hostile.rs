@@ -201,6 +201,7 @@ fn bad_memory_is_refused_and_the_connection_lives() {
     let file = tempfile::tempfile().unwrap();
     let empty = common::memfd(0);
     let folder = std::fs::File::open("/").unwrap();
+    let event = EventFd::new(0).unwrap();
     let region =
         |guest: u64, size: u64, user: u64, offset: u64, fd: RawFd| VhostUserMemoryRegionInfo {
             guest_phys_addr: guest,
@@ -224,7 +225,7 @@ fn bad_memory_is_refused_and_the_connection_lives() {
         region(0, 4096, USER, 0, file.as_raw_fd()),
         region(0, 4096, USER, 0, empty.as_raw_fd()),
         region(0, 4096, USER, 0, folder.as_raw_fd()),
-        region(0, 4096, USER, 0, EventFd::new(0).unwrap().as_raw_fd()),
+        region(0, 4096, USER, 0, event.as_raw_fd()),
     ];
     for region in &bad {
         assert!(
