@@ -32,6 +32,13 @@ pub(super) struct PerWrite {
     pub(super) read_bytes: f64,
 }
 
+impl PerWrite {
+    /// Whether writes read data, as copy on write does. A table now and then is no reading.
+    pub(super) fn reads_data(&self) -> bool {
+        self.reads >= 0.5
+    }
+}
+
 /// Writes of the shorter and of the longer run: what both have in common (opening, closing) cancels out.
 const SHORT: u64 = 512;
 const LONG: u64 = 1536;
@@ -139,8 +146,7 @@ impl Lab {
             0
         };
         let mut fio: Fio = self.fio(work)?.flush_every(every);
-        // A table now and then is no reading.
-        if each.reads >= 0.5 {
+        if each.reads_data() {
             let percent = 100.0 * each.reads / (each.reads + writes);
             fio = fio.reads(percent.round() as u32, block(each.read_bytes / each.reads));
         }

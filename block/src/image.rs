@@ -146,13 +146,13 @@ impl Extents {
     #[inline]
     pub fn push(&mut self, len: u64, kind: ExtentKind) {
         self.len += len;
-        if self.list.is_empty() || !self.continues(len, kind) {
+        if self.list.is_empty() || !self.merge(len, kind) {
             self.list.push(Extent { len, kind });
         }
     }
 
-    /// Whether a run was merged with the last one.
-    fn continues(&mut self, len: u64, kind: ExtentKind) -> bool {
+    /// Merges a run with the last one if it continues that; returns whether it did.
+    fn merge(&mut self, len: u64, kind: ExtentKind) -> bool {
         if let Some(last) = self.list.last_mut() {
             let continues = match (last.kind, kind) {
                 (ExtentKind::Zero, ExtentKind::Zero) => true,

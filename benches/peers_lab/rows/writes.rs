@@ -46,7 +46,7 @@ fn allocating(rows: &mut Rows) {
                     let mut entry = bench.compare(name, Bars::rate(bar), sides)?;
                     entry.push(Measure::note("host writes/write", each.writes, None));
                     entry.push(Measure::note("host bytes/write", each.bytes, None));
-                    if each.reads >= 0.5 {
+                    if each.reads_data() {
                         entry.push(Measure::note(
                             "host bytes read/write",
                             each.read_bytes,
