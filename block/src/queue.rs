@@ -26,7 +26,7 @@ use crate::{
     serve::{self, Served},
 };
 
-use direct::Direct;
+use direct::{Access, Direct};
 
 /// The most requests a queue accepts at a time.
 const MAX_DEPTH: u32 = 65_536;
@@ -136,10 +136,17 @@ impl QueueInner {
         let mutation = serve::mutation(&request.op);
         self.served.hooks.begin(mutation);
         let id = request.id;
+        let access = |range, intent, dsync| Access {
+            id,
+            range,
+            pin,
+            intent,
+            dsync,
+        };
         let started = match &mut request.op {
             RequestOp::Read { offset, buffers } => {
                 let range = GuestRange::new(*offset, buffers.len());
-                self.try_direct(id, range, buffers, pin, Intent::Read, false)
+                self.try_direct(&access(range, Intent::Read, false), buffers)
             }
             RequestOp::Write {
                 offset,
@@ -150,7 +157,7 @@ impl QueueInner {
                 let fua = *fua && !self.io.never_syncs();
                 self.served.policy.allows_direct_write()
                     && !self.is_guarded(range)
-                    && self.try_direct(id, range, buffers, pin, Intent::WriteInPlace, fua)
+                    && self.try_direct(&access(range, Intent::WriteInPlace, fua), buffers)
             }
             _ => false,
         };

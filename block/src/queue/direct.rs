@@ -4,8 +4,6 @@
 //! stay: a value that is put together on the stack, and then copied as a whole, waits for its small fields in the
 //! processor's store buffer.
 
-use std::rc::Rc;
-
 use smallvec::SmallVec;
 
 use super::QueueInner;
@@ -20,6 +18,17 @@ use crate::{
 
 /// Ranges a write entered in the tables of its files.
 type Entered = SmallVec<[(FileId, u64, u64); 2]>;
+
+/// A read or write of guest data, but for its memory.
+#[derive(Clone, Copy)]
+pub(super) struct Access {
+    pub(super) id: u64,
+    pub(super) range: GuestRange,
+    pub(super) pin: Pin,
+    pub(super) intent: Intent,
+    /// It is durable when it ends.
+    pub(super) dsync: bool,
+}
 
 /// What an operation needs to know of its file.
 struct FileUse {
@@ -56,49 +65,40 @@ pub(super) struct Direct {
 }
 
 impl Direct {
-    fn begin(&mut self, id: u64, pin: Pin, mutation: Option<Mutation>, entered: Entered) {
-        self.id = id;
-        self.pin = Some(pin);
+    fn begin(&mut self, access: &Access, entered: Entered) {
+        self.id = access.id;
+        self.pin = Some(access.pin);
         self.operations = 1;
         self.error = None;
-        self.mutation = mutation;
+        self.mutation =
+            (access.intent == Intent::WriteInPlace).then_some(Mutation::Write(access.range));
         if !entered.is_empty() {
             self.entered = entered;
         }
     }
 }
 
-/// The change that a request makes which hit the map.
-fn mutation_of(intent: Intent, range: GuestRange) -> Option<Mutation> {
-    (intent == Intent::WriteInPlace).then_some(Mutation::Write(range))
-}
-
 impl QueueInner {
     /// Starts a read or write whose whole range the map knows, straight on the engine, and takes its
     /// buffers. Returns whether that could be done; otherwise nothing has happened.
-    pub(super) fn try_direct(
-        self: &Rc<Self>,
-        id: u64,
-        range: GuestRange,
-        buffers: &mut Buffers,
-        pin: Pin,
-        intent: Intent,
-        dsync: bool,
-    ) -> bool {
+    pub(super) fn try_direct(&self, access: &Access, buffers: &mut Buffers) -> bool {
+        let range = access.range;
         if self.io.core.faults.any() {
             return false;
         }
         let mut extents = self.extents.borrow_mut();
         extents.clear();
-        let mapped =
-            self.served
-                .image
-                .try_map(range, intent, &mut self.io.cache.borrow_mut(), &mut extents);
+        let mapped = self.served.image.try_map(
+            range,
+            access.intent,
+            &mut self.io.cache.borrow_mut(),
+            &mut extents,
+        );
         if mapped.is_err() || extents.len() != range.len || range.len == 0 {
             return false;
         }
         // Asked after the lookup: what was found then is what is durable.
-        if dsync && !self.served.image.mapping_is_durable(range) {
+        if access.dsync && !self.served.image.mapping_is_durable(range) {
             return false;
         }
         if let [
@@ -110,20 +110,20 @@ impl QueueInner {
         {
             let place = (*file, offset.0);
             drop(extents);
-            return self.start_single(id, range, buffers, pin, intent, dsync, place);
+            return self.start_single(access, buffers, place);
         }
         let mut entered = Entered::new();
-        if !self.can_start(&extents, buffers, intent, &mut entered) {
+        if !self.can_start(&extents, buffers, access.intent, &mut entered) {
             self.leave(&entered);
             return false;
         }
         let slot = {
             let mut slots = self.direct.borrow_mut();
             let (slot, direct) = slots.occupy();
-            direct.begin(id, pin, mutation_of(intent, range), entered);
+            direct.begin(access, entered);
             slot
         };
-        self.start_pieces(slot, &extents, buffers, intent, dsync);
+        self.start_pieces(slot, &extents, buffers, access);
         drop(extents);
         // The buffers stay with the request until the last operation ended.
         if let Some(direct) = self.direct.borrow_mut().get_mut(slot) {
@@ -134,14 +134,7 @@ impl QueueInner {
     }
 
     /// Starts the operations of a request in `slot` whose extents can be [started](Self::can_start).
-    fn start_pieces(
-        &self,
-        slot: Key,
-        extents: &Extents,
-        buffers: &Buffers,
-        intent: Intent,
-        dsync: bool,
-    ) {
+    fn start_pieces(&self, slot: Key, extents: &Extents, buffers: &Buffers, access: &Access) {
         let mut at = 0;
         for extent in extents.as_slice() {
             if let ExtentKind::Data { file, offset } = extent.kind {
@@ -152,8 +145,7 @@ impl QueueInner {
                 match self.io.with_file(file, FileUse::of) {
                     Ok(file) => {
                         let segments = buffers.part(at, extent.len);
-                        let operation =
-                            self.prepare(slot, &file, intent, dsync, offset.0, &segments);
+                        let operation = self.prepare(slot, &file, access, offset.0, &segments);
                         self.io.driver.launch(operation);
                     }
                     Err(error) => self.end_operation(slot, Err(error.kind())),
@@ -166,15 +158,10 @@ impl QueueInner {
     }
 
     /// [`try_direct`](Self::try_direct) for what almost every request is: one run of a file.
-    #[expect(clippy::too_many_arguments, reason = "a part of its one caller")]
     fn start_single(
         &self,
-        id: u64,
-        range: GuestRange,
+        access: &Access,
         buffers: &mut Buffers,
-        pin: Pin,
-        intent: Intent,
-        dsync: bool,
         (file, offset): (FileId, u64),
     ) -> bool {
         let mut entered = Entered::new();
@@ -183,10 +170,10 @@ impl QueueInner {
                 if !view.alignment.fits(offset, buffers.segments()) {
                     return None;
                 }
-                if intent == Intent::WriteInPlace
+                if access.intent == Intent::WriteInPlace
                     && let Some(ranges) = &view.entry.ranges
                 {
-                    let end = offset.saturating_add(range.len);
+                    let end = offset.saturating_add(access.range.len);
                     if !ranges.try_enter(offset, end) {
                         return None;
                     }
@@ -200,8 +187,8 @@ impl QueueInner {
         };
         let mut slots = self.direct.borrow_mut();
         let (slot, direct) = slots.occupy();
-        direct.begin(id, pin, mutation_of(intent, range), entered);
-        let operation = self.prepare(slot, &file, intent, dsync, offset, buffers.segments());
+        direct.begin(access, entered);
+        let operation = self.prepare(slot, &file, access, offset, buffers.segments());
         direct.buffers = Some(std::mem::take(buffers));
         drop(slots);
         self.io.driver.launch(operation);
@@ -213,15 +200,16 @@ impl QueueInner {
         &self,
         slot: Key,
         file: &FileUse,
-        intent: Intent,
-        dsync: bool,
+        access: &Access,
         offset: u64,
         segments: &[Segment],
     ) -> Key {
         let transfer = Transfer {
-            kind: match intent {
+            kind: match access.intent {
                 Intent::Read => OpKind::Read { eof: file.eof },
-                Intent::WriteInPlace => OpKind::Write { dsync },
+                Intent::WriteInPlace => OpKind::Write {
+                    dsync: access.dsync,
+                },
             },
             file: file.engine_file,
             offset,
