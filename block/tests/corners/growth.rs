@@ -183,3 +183,110 @@ fn writes_that_grow_the_file_together_lie_in_their_order() {
     disk.close().unwrap();
     assert_clean(&host);
 }
+
+#[test]
+fn zeroes_go_ahead_of_clusters_that_are_flushed_a_few_at_a_time() {
+    let host = host();
+    make(&host, &image(4 << 20));
+    let disk = open(&host);
+    write_each(&host, &disk, 0..200);
+    let before = host.stats();
+    write_each(&host, &disk, 200..456);
+    let after = host.stats();
+    // Data, its table, and zeroes: a cluster each, and what the last zeroes are ahead.
+    let written = (after.bytes_written - before.bytes_written) / CLUSTER;
+    assert!((3 * 256 - 16..=3 * 256 + 80).contains(&written), "{written}");
+    assert!(after.writes - before.writes <= 2 * 256 + 16, "many at once");
+
+    let before = host.stats();
+    for cluster in 456..968 {
+        disk.write_at(&noise(cluster, CLUSTER as usize), cluster * CLUSTER)
+            .unwrap();
+        if cluster % 8 == 7 {
+            disk.flush().unwrap();
+        }
+    }
+    let written = (host.stats().bytes_written - before.bytes_written) / CLUSTER;
+    assert!(written <= 512 + 512 / 8 + 80, "none where there are more: {written}");
+    disk.close().unwrap();
+    assert_clean(&host);
+}
+
+#[test]
+fn zeroes_that_cannot_be_written_ahead_harm_nobody() {
+    let mut harmless = 0;
+    for written in 200..280 {
+        let host = host();
+        make(&host, &image(2 << 20));
+        let disk = open(&host);
+        write_each(&host, &disk, 0..written);
+        host.inject(SimFault {
+            path: None,
+            op: SimOp::Write,
+            skip: 0,
+            count: 1,
+            errno: libc::EIO,
+        });
+        // What fails is the data, once zeroes.
+        let data = noise(written + 1, CLUSTER as usize);
+        match disk.write_at(&data, written * CLUSTER) {
+            Ok(()) => harmless += 1,
+            Err(_) => disk.write_at(&data, written * CLUSTER).unwrap(),
+        }
+        write_each(&host, &disk, written + 1..400);
+        for cluster in 0..400 {
+            let there = read(&disk, cluster * CLUSTER, CLUSTER as usize);
+            assert!(there == noise(cluster + 1, CLUSTER as usize), "{cluster}");
+        }
+        disk.close().unwrap();
+        assert_clean(&host);
+    }
+    assert!((1..=3).contains(&harmless), "{harmless}");
+}
+
+#[test]
+fn zeroes_ahead_overwrite_nothing() {
+    const QUEUES: u64 = 3;
+    for seed in 0..60 {
+        let host = SimHost::new(SimConfig::seeded(seed));
+        // Small tables: new blocks of reference counts and new L2 tables lie among the data.
+        let mut options = image(4 << 20);
+        options.cluster_size = 512;
+        make(&host, &options);
+        let disk = open(&host);
+        let mut queues: Vec<_> = (0..QUEUES)
+            .map(|_| disk.create_async_io(4).unwrap())
+            .collect();
+        let mut next = 0;
+        let mut flushing = vec![false; QUEUES as usize];
+        let mut rng = seed;
+        while next < 1500 {
+            for (queue, flushing) in queues.iter_mut().zip(&mut flushing) {
+                rng = rng.wrapping_mul(6364136223846793005).wrapping_add(1);
+                if queue.in_flight() == 0 && rng >> 62 != 0 {
+                    *flushing = !*flushing;
+                    if *flushing {
+                        submit(&mut **queue, 0, RequestOp::Flush);
+                    } else {
+                        let bytes = noise(next + 1, 512);
+                        submit(&mut **queue, next, write_op(next * 512, &bytes, false));
+                        next += 1;
+                    }
+                }
+                let mut done = Vec::new();
+                queue.reap(&mut done);
+                assert!(done.iter().all(|done| done.result.is_ok()), "seed {seed}");
+            }
+            let _ = host.step();
+        }
+        let mut queues: Vec<_> = queues.iter_mut().collect();
+        assert!(finish(&host, &mut queues).iter().all(|done| done.1));
+        for cluster in 0..next {
+            let there = read(&disk, cluster * 512, 512);
+            assert!(there == noise(cluster + 1, 512), "seed {seed}, {cluster}");
+        }
+        drop(queues);
+        disk.close().unwrap();
+        assert_clean(&host);
+    }
+}

@@ -7,16 +7,24 @@
 //! While the file system allocates, every other write to the file would wait for it on a thread of the
 //! kernel, with its memory pinned there. So writes that allocate wait here until the piece is there.
 //!
+//! Space that is allocated and not written costs once more: the first write to each part makes the file system
+//! note that it is written, and a flush that follows waits for its journal. So where flushes
+//! follow after few new clusters, the clusters that are [counted ahead](super::refcount) get zeroes, many
+//! at once. Nobody gets one of them meanwhile.
+//!
 //! A flush that leaves out a sync ([`flush`](super::flush)) needs the same: a table may name a cluster
 //! before its data is durable only if the file reaches that far whatever happens. So a file that is written
 //! through the page cache gets its pieces once it is flushed often.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use super::{Qcow2, refcount::Run};
+use super::{
+    Qcow2,
+    refcount::{Refcounts, Run},
+};
 use crate::{
-    Result,
-    io::{FallocateMode, Io},
+    FileId, Result,
+    io::{AlignedBuf, FallocateMode, Io, Segment, Segments},
     sync::Notify,
 };
 
@@ -32,6 +40,13 @@ const WIDEST_GAP: u64 = 256 << 20;
 /// Flushes after which a file counts as flushed often.
 const FLUSHED_OFTEN: u32 = 8;
 
+/// The most new clusters between two flushes that are few.
+const FEW: u64 = 4;
+
+/// The bytes of zeroes that clusters get at once, and of a buffer of them.
+const ZEROES: u64 = 1 << 20;
+const ZERO_BUFFER: usize = 64 << 10;
+
 /// How far the file reaches.
 #[derive(Debug)]
 pub(super) struct Ahead {
@@ -41,6 +56,9 @@ pub(super) struct Ahead {
     wanted: AtomicBool,
     /// Flushes so far that wrote tables.
     flushes: AtomicU32,
+    /// New clusters since the last of them, and how many of them in turn came after few.
+    new: AtomicU64,
+    after_few: AtomicU32,
     /// The end of what the file has.
     end: AtomicU64,
     /// The end that a sync has made durable.
@@ -61,6 +79,8 @@ impl Ahead {
             possible: AtomicBool::new(possible),
             wanted: AtomicBool::new(direct),
             flushes: AtomicU32::new(0),
+            new: AtomicU64::new(0),
+            after_few: AtomicU32::new(0),
             durable_end: AtomicU64::new(0),
             end: AtomicU64::new(file_len),
             growing: AtomicBool::new(false),
@@ -74,6 +94,16 @@ impl Ahead {
         if self.flushes.fetch_add(1, Ordering::Relaxed) >= FLUSHED_OFTEN {
             self.wanted.store(true, Ordering::Relaxed);
         }
+        if self.new.swap(0, Ordering::Relaxed) <= FEW {
+            self.after_few.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.after_few.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether flushes follow after few new clusters, often enough that zeroes are worth writing.
+    fn wants_zeroes(&self) -> bool {
+        self.after_few.load(Ordering::Relaxed) >= FLUSHED_OFTEN
     }
 
     /// The end of what the file has, to be [durable](Self::synced) after a sync that follows.
@@ -141,8 +171,36 @@ impl Drop for Growing<'_> {
 }
 
 impl Qcow2 {
+    /// Makes the file ready for clusters to come after a run of new ones.
+    pub(super) async fn prepare_ahead(&self, io: &Io, run: Run) {
+        self.ahead.new.fetch_add(run.count, Ordering::Relaxed);
+        self.grow_ahead(io, run).await;
+        if self.ahead.wants_zeroes() {
+            self.zero_ahead(io).await;
+        }
+    }
+
+    /// Writes zeroes to the next clusters that are counted ahead and have none.
+    async fn zero_ahead(&self, io: &Io) {
+        let most = ZEROES >> self.geometry.cluster_bits;
+        let end = self.ahead.end() >> self.geometry.cluster_bits;
+        let Some((first, end)) = self.refcounts.withhold(most, end) else {
+            return;
+        };
+        let mut withheld = Withheld {
+            refcounts: &self.refcounts,
+            tried: first,
+        };
+        let (start, len) = (self.geometry.start(first), self.geometry.start(end - first));
+        if let Err(error) = write_zeroes(io, self.file, start, len).await {
+            // They read as zeroes without.
+            tracing::debug!(%error, "no zeroes written ahead");
+        }
+        withheld.tried = end;
+    }
+
     /// Gives the file more space if a run of new clusters comes near its end, or waits for who is at it.
-    pub(super) async fn grow_ahead(&self, io: &Io, run: Run) {
+    async fn grow_ahead(&self, io: &Io, run: Run) {
         let used = self.geometry.start(run.first.saturating_add(run.count));
         let (start, len) = loop {
             if let Some(piece) = self.ahead.next(used) {
@@ -177,6 +235,31 @@ impl Qcow2 {
         }
         Ok(())
     }
+}
+
+/// Ends the withholding of clusters, whatever becomes of the task.
+struct Withheld<'a> {
+    refcounts: &'a Refcounts,
+    tried: u64,
+}
+
+impl Drop for Withheld<'_> {
+    fn drop(&mut self) {
+        self.refcounts.end_withholding(self.tried);
+    }
+}
+
+/// Writes zeroes, from one small buffer.
+async fn write_zeroes(io: &Io, file: FileId, start: u64, len: u64) -> Result<()> {
+    let mut zeroes = AlignedBuf::zeroed(ZERO_BUFFER.min(len as usize));
+    let (at, most) = (zeroes.as_mut_ptr(), zeroes.len() as u64);
+    let mut segments = Segments::new();
+    let mut left = len;
+    while left > 0 {
+        segments.push(Segment::new(at, left.min(most) as usize));
+        left -= left.min(most);
+    }
+    io.write_segments(file, start, segments, false).await
 }
 
 #[cfg(test)]

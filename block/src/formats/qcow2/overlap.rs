@@ -356,7 +356,7 @@ impl Qcow2 {
         })?;
         self.note_new_blocks()?;
         self.check_new(run.first, run.count)?;
-        self.grow_ahead(io, run).await;
+        self.prepare_ahead(io, run).await;
         Ok(run)
     }
 

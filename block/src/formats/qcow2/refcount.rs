@@ -362,7 +362,7 @@ impl Refcounts {
         let run = Run {
             first,
             count,
-            virgin: first >= state.virgin,
+            virgin: first >= state.virgin || state.reserve.is_virgin(first, count),
         };
         state.virgin = state.virgin.max(first + count);
         state.reserve.give_out(run);

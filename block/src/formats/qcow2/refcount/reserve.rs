@@ -21,13 +21,22 @@ pub(super) struct Reserve {
     /// Clusters given out at the end of the file since the image was opened. What is counted ahead is
     /// at most half as many, so that a small image does not leak much.
     given: u64,
+    /// Nobody gets one: zeroes are being written to them.
+    withheld: bool,
+    /// Zeroes were written up to here.
+    zeroed: u64,
 }
 
 impl Reserve {
     /// Whether a cluster of a run that starts at `start` is one of these, and the run can have it: what
     /// is left of them stays one run.
     pub(super) fn has(&self, start: u64, cluster: u64) -> bool {
-        start <= self.first && (self.first..self.end).contains(&cluster)
+        !self.withheld && start <= self.first && (self.first..self.end).contains(&cluster)
+    }
+
+    /// Whether a run is of these alone, which were never written.
+    pub(super) fn is_virgin(&self, first: u64, count: u64) -> bool {
+        self.has(first, first) && first + count <= self.end
     }
 
     /// A run belongs to somebody now.
@@ -61,6 +70,7 @@ impl Refcounts {
             || wanted < LEAST
             || counted_beside_it == 0
             || reserve.first < reserve.end
+            || first < state.virgin
         {
             return;
         }
@@ -74,6 +84,30 @@ impl Refcounts {
         }
         state.reserve.first = first;
         state.reserve.end = end;
+    }
+
+    /// Clusters that are counted ahead, at most `most`, if no zeroes were written to the first of them and
+    /// they end at `end` or before. Nobody gets one before [`end_withholding`](Self::end_withholding).
+    pub(in crate::formats::qcow2) fn withhold(&self, most: u64, end: u64) -> Option<(u64, u64)> {
+        let reserve = &mut lock(&self.state).reserve;
+        let (first, end) = (reserve.first, (reserve.first + most).min(reserve.end).min(end));
+        if reserve.withheld || first < reserve.zeroed || end <= first {
+            return None;
+        }
+        reserve.withheld = true;
+        Some((first, end))
+    }
+
+    /// Whoever asks gets these clusters again. Zeroes were written up to `zeroed`.
+    pub(in crate::formats::qcow2) fn end_withholding(&self, zeroed: u64) {
+        let mut state = lock(&self.state);
+        let reserve = &mut state.reserve;
+        reserve.withheld = false;
+        reserve.zeroed = reserve.zeroed.max(zeroed);
+        // Whoever searched meanwhile went past them.
+        if reserve.first < reserve.end {
+            state.cursor = state.cursor.min(state.reserve.first);
+        }
     }
 
     /// Takes back the counts of clusters that nobody has got.
