@@ -146,7 +146,12 @@ impl Lab {
                 self.fill(&path, format)?;
             }
             Set::Compressed(codec) => {
-                let plain = self.path(Set::Plain(Format::Raw), false)?;
+                // Not the image of other rows: what those write compresses better.
+                let plain = self.dir.path().join("source.raw");
+                if !plain.exists() {
+                    self.make(Format::Raw, &plain, self.options.size, &[])?;
+                    self.fill(&plain, Format::Raw)?;
+                }
                 let (plain, path) = (plain.display().to_string(), path.display().to_string());
                 let codec = format!("compression_type={codec}");
                 let head = ["convert", "-c", "-O", "qcow2", "-o", &codec];

@@ -195,7 +195,10 @@ fn zeroes_go_ahead_of_clusters_that_are_flushed_a_few_at_a_time() {
     let after = host.stats();
     // Data, its table, and zeroes: a cluster each, and what the last zeroes are ahead.
     let written = (after.bytes_written - before.bytes_written) / CLUSTER;
-    assert!((3 * 256 - 16..=3 * 256 + 80).contains(&written), "{written}");
+    assert!(
+        (3 * 256 - 16..=3 * 256 + 80).contains(&written),
+        "{written}"
+    );
     assert!(after.writes - before.writes <= 2 * 256 + 16, "many at once");
 
     let before = host.stats();
@@ -207,7 +210,10 @@ fn zeroes_go_ahead_of_clusters_that_are_flushed_a_few_at_a_time() {
         }
     }
     let written = (host.stats().bytes_written - before.bytes_written) / CLUSTER;
-    assert!(written <= 512 + 512 / 8 + 80, "none where there are more: {written}");
+    assert!(
+        written <= 512 + 512 / 8 + 80,
+        "none where there are more: {written}"
+    );
     disk.close().unwrap();
     assert_clean(&host);
 }

@@ -1,4 +1,5 @@
-//! Compressed clusters: decompressed on the blocking pool, once, and kept for a while.
+//! Compressed clusters: decompressed on the blocking pool, once, and kept for a while. Of a read of several,
+//! those that it covers are decompressed for it alone, a few with one read and one job.
 
 use std::{
     collections::HashMap,
@@ -11,14 +12,21 @@ use super::{
     l2::{Compressed, Entry, Geometry},
 };
 use crate::{
-    Error, GuestRange, Result,
+    Error, ErrorKind, FileId, GuestRange, Result,
     codec::{self, DEFAULT_INFLATE, Inflate},
     encryption::Place,
     image::{ExtentKind, Extents},
     io::{AlignedBuf, Buffers, Io},
     serve,
-    sync::{Notify, lock},
+    sync::{Notify, join_all, lock},
 };
+
+/// The most clusters, and bytes of them, that are decompressed by one job.
+const GROUP_CLUSTERS: usize = 4;
+const GROUP_BYTES: usize = 512 << 10;
+
+/// Groups of one request at a time.
+const GROUPS_AT_A_TIME: usize = 2;
 
 /// How the clusters of an image are compressed.
 #[derive(Clone, Copy)]
@@ -42,6 +50,28 @@ impl Codec {
             CompressionType::Zlib => codec::deflate(cluster, limit),
             CompressionType::Zstd => codec::zstd_compress(cluster, limit),
         }
+    }
+}
+
+/// What a request wants of one cluster.
+struct Wanted {
+    key: Compressed,
+    /// Where in the cluster, and how many bytes.
+    start: usize,
+    len: usize,
+    /// Where in the request.
+    at: u64,
+}
+
+impl Wanted {
+    fn copy(&self, cluster: &[u8], buffers: &Buffers) {
+        buffers.copy_in(self.at, &cluster[self.start..self.start + self.len]);
+    }
+
+    /// Whether this and the next are wanted whole, and their data lies together.
+    fn continues(&self, next: &Wanted, cluster_size: usize) -> bool {
+        let near = self.key.offset..=self.key.end();
+        self.len == cluster_size && next.len == cluster_size && near.contains(&next.key.offset)
     }
 }
 
@@ -123,7 +153,7 @@ impl Decompressed {
     }
 
     /// The content of a compressed cluster.
-    async fn get(&self, io: &Io, file: crate::FileId, key: Compressed) -> Result<Arc<AlignedBuf>> {
+    async fn get(&self, io: &Io, file: FileId, key: Compressed) -> Result<Arc<AlignedBuf>> {
         let found = self
             .loaded
             .until(|| {
@@ -154,28 +184,65 @@ impl Decompressed {
             data: None,
         };
         let cluster_size = self.cluster_size;
-        let len = key.len as usize;
-        let (input, start) = io
-            .read_padded_into(file, key.offset, len, |span| {
-                io.spare.take(span.next_multiple_of(cluster_size))
+        // The buffer of the cluster that went, if nobody reads from it any more: new ones cost
+        // zeroing and page faults.
+        let output = move || {
+            let old = old.and_then(Arc::into_inner);
+            old.unwrap_or_else(|| AlignedBuf::zeroed(cluster_size))
+        };
+        let data = self.decompress(io, file, vec![(key, output)]).await?;
+        let data = data.into_iter().next();
+        let data = data.ok_or_else(|| Error::new(ErrorKind::Cancelled))?;
+        let data = Arc::new(data);
+        load.data = Some(Arc::clone(&data));
+        Ok(data)
+    }
+
+    /// The content of a cluster, if it is in memory.
+    fn ready(&self, key: Compressed) -> Option<Arc<AlignedBuf>> {
+        match lock(&self.cache).slots.get(&key) {
+            Some(Slot::Ready { data, .. }) => Some(Arc::clone(data)),
+            _ => None,
+        }
+    }
+
+    /// Decompresses clusters that lie behind each other in the file: one read, one job. Buffers for
+    /// them are made by the job.
+    async fn decompress<B>(
+        &self,
+        io: &Io,
+        file: FileId,
+        clusters: Vec<(Compressed, B)>,
+    ) -> Result<Vec<AlignedBuf>>
+    where
+        B: FnOnce() -> AlignedBuf + Send + 'static,
+    {
+        let keys = clusters.iter().map(|(key, _)| *key);
+        let start = keys.clone().map(|key| key.offset).min().unwrap_or(0);
+        let end = keys.map(Compressed::end).max().unwrap_or(0);
+        let len = usize::try_from(end - start).map_err(|_| Error::new(ErrorKind::OutOfRange))?;
+        let (input, lead) = io
+            .read_padded_into(file, start, len, |span| {
+                io.spare.take(span.next_multiple_of(self.cluster_size))
             })
             .await?;
         let codec = self.codec;
         let (input, result) = io
             .run(move || {
-                // The buffer of the cluster that went, if nobody reads from it any more: new ones
-                // cost zeroing and page faults.
-                let old = old.and_then(Arc::into_inner);
-                let mut output = old.unwrap_or_else(|| AlignedBuf::zeroed(cluster_size));
-                let result = codec.decompress(&input[start..start + len], &mut output);
-                (input, result.map(|()| output))
+                let each = clusters.into_iter().map(|(key, output)| {
+                    let at = lead + (key.offset - start) as usize;
+                    let mut output = output();
+                    codec
+                        .decompress(&input[at..at + key.len as usize], &mut output)
+                        .map_err(|error| error.offset(key.offset))?;
+                    Ok(output)
+                });
+                let result = each.collect();
+                (input, result)
             })
             .await?;
         io.spare.keep(input);
-        let data = result.map_err(|error| error.offset(key.offset))?;
-        let data = Arc::new(data);
-        load.data = Some(Arc::clone(&data));
-        Ok(data)
+        result
     }
 }
 
@@ -210,20 +277,64 @@ impl Qcow2 {
         buffers: &Buffers,
         mut at: u64,
     ) -> Result<()> {
+        let mut wanted = Vec::new();
         while range.len > 0 {
             let cluster = self.geometry.cluster(range.start);
             let part = self.until(range, cluster + 1);
             match self.entry(io, cluster).await? {
-                Entry::Compressed(key) => {
-                    let data = self.decompressed.get(io, self.file, key).await?;
-                    let start = self.geometry.in_cluster(part.start.0) as usize;
-                    buffers.copy_in(at, &data[start..start + part.len as usize]);
-                }
+                Entry::Compressed(key) => wanted.push(Wanted {
+                    key,
+                    start: self.geometry.in_cluster(part.start.0) as usize,
+                    len: part.len as usize,
+                    at,
+                }),
                 // Written or discarded since it was looked up: what it is now is as good.
                 _ => self.read_changed(io, part, buffers, at).await?,
             }
             at += part.len;
             range = range.skip(part.len);
+        }
+        let cluster_size = self.decompressed.cluster_size;
+        let groups: Vec<_> = wanted
+            .chunk_by(|one, next| one.continues(next, cluster_size))
+            .flat_map(|run| run.chunks((GROUP_BYTES / cluster_size).clamp(1, GROUP_CLUSTERS)))
+            .collect();
+        for some in groups.chunks(GROUPS_AT_A_TIME) {
+            let reads = some.iter().map(|group| self.read_group(io, group, buffers));
+            join_all(reads).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
+    }
+
+    async fn read_group(&self, io: &Io, group: &[Wanted], buffers: &Buffers) -> Result<()> {
+        if let [one] = group {
+            let data = self.decompressed.get(io, self.file, one.key).await?;
+            one.copy(&data, buffers);
+            return Ok(());
+        }
+        let is_missing = |one: &&Wanted| match self.decompressed.ready(one.key) {
+            Some(data) => {
+                one.copy(&data, buffers);
+                false
+            }
+            None => true,
+        };
+        let missing: Vec<&Wanted> = group.iter().filter(is_missing).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let outputs = missing.iter().map(|one| {
+            let output = io.spare.take(self.decompressed.cluster_size);
+            (one.key, move || output)
+        });
+        let clusters = outputs.collect();
+        let contents = self
+            .decompressed
+            .decompress(io, self.file, clusters)
+            .await?;
+        for (one, data) in missing.into_iter().zip(contents) {
+            one.copy(&data, buffers);
+            io.spare.keep(data);
         }
         Ok(())
     }

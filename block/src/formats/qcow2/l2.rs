@@ -379,6 +379,11 @@ impl Compressed {
         )
     }
 
+    /// The first byte after it.
+    pub(super) fn end(self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+
     /// The L2 entry for `bytes` of data at `offset`; `None` when it cannot be expressed.
     pub(super) fn entry(offset: u64, bytes: u64, geometry: &Geometry) -> Option<u64> {
         let shift = 62 - (geometry.cluster_bits - 8);

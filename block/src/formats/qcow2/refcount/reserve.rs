@@ -90,7 +90,10 @@ impl Refcounts {
     /// they end at `end` or before. Nobody gets one before [`end_withholding`](Self::end_withholding).
     pub(in crate::formats::qcow2) fn withhold(&self, most: u64, end: u64) -> Option<(u64, u64)> {
         let reserve = &mut lock(&self.state).reserve;
-        let (first, end) = (reserve.first, (reserve.first + most).min(reserve.end).min(end));
+        let (first, end) = (
+            reserve.first,
+            (reserve.first + most).min(reserve.end).min(end),
+        );
         if reserve.withheld || first < reserve.zeroed || end <= first {
             return None;
         }
