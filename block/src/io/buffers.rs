@@ -6,6 +6,7 @@
 use std::{
     alloc::{self, Layout},
     any::Any,
+    cell::RefCell,
     fmt,
     ops::{Deref, DerefMut},
     ptr, slice,
@@ -220,6 +221,14 @@ impl Buffers {
         part_of(&self.segments, offset, len)
     }
 
+    /// The part from `offset`, `len` bytes long, for work on the pool. No other target has any of it.
+    pub(crate) fn target(&self, offset: u64, len: u64) -> Target {
+        Target {
+            segments: self.part(offset, len),
+            exclusive: self.as_owned().is_some(),
+        }
+    }
+
     /// Fills `len` bytes from `offset` with zeroes.
     pub fn fill_zero(&self, offset: u64, len: u64) {
         zero(&self.part(offset, len));
@@ -233,6 +242,48 @@ impl Buffers {
     /// Copies the bytes from `offset` into `bytes`, once: what is checked afterwards is the copy.
     pub fn copy_out(&self, offset: u64, bytes: &mut [u8]) {
         gather(&self.part(offset, bytes.len() as u64), bytes);
+    }
+}
+
+/// A part of a request's memory that [work on the pool](super::Io::run) fills, which ends before the request
+/// does. It is valid as long as the [`Buffers`] are.
+#[derive(Debug)]
+pub(crate) struct Target {
+    segments: Segments,
+    /// Nobody but the request reaches it.
+    exclusive: bool,
+}
+
+thread_local! {
+    /// Where what cannot be made in place is made.
+    static SCRATCH: RefCell<AlignedBuf> = RefCell::new(AlignedBuf::zeroed(0));
+}
+
+impl Target {
+    /// Lets `make` write every byte: in place, if nobody else can see them meanwhile. Where it fails they
+    /// stay as they are, or have what it wrote.
+    pub(crate) fn fill(self, make: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        match *self.segments {
+            [one] if self.exclusive => {
+                // SAFETY: the memory is the request's own, stays until the work has ended, and is
+                // part of one target.
+                make(unsafe { slice::from_raw_parts_mut(one.as_ptr(), one.len()) })
+            }
+            _ => self.fill_from_scratch(make),
+        }
+    }
+
+    fn fill_from_scratch(self, make: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        let len = self.segments.iter().map(Segment::len).sum();
+        SCRATCH.with_borrow_mut(|scratch| {
+            if scratch.len() < len {
+                *scratch = AlignedBuf::zeroed(len);
+            }
+            // What an earlier one left there is not for this guest.
+            make(&mut scratch[..len])?;
+            scatter(&self.segments, &scratch[..len]);
+            Ok(())
+        })
     }
 }
 

@@ -21,6 +21,7 @@ use std::{
 use super::{
     AlignedBuf, Engine, EngineFile, MemoryRegions, Started, Token,
     operation::{NewOp, Op, Owner, RequestSink, Transfer},
+    pool::{Helper, Pool},
     slab::{Key, Slab},
     wake::{CURRENT, RootWaker, TaskWaker, WakeQueue},
 };
@@ -53,6 +54,8 @@ pub(crate) struct Driver {
     wakes: Arc<WakeQueue>,
     woken: RefCell<Vec<Key>>,
     queues: RefCell<Slab<Weak<dyn RequestSink>>>,
+    /// A pool that may have short work of this driver's.
+    helped: RefCell<Option<Pool>>,
     /// What the engine has registered stays mapped. Dropped after the engine.
     memory: RefCell<Option<MemoryRegions>>,
 }
@@ -87,6 +90,7 @@ impl Driver {
             }),
             woken: RefCell::default(),
             queues: RefCell::default(),
+            helped: RefCell::default(),
             memory: RefCell::default(),
         }))
     }
@@ -424,9 +428,10 @@ impl Driver {
         any
     }
 
-    /// Blocks until there may be something for a [`turn`](Self::turn), or `timeout` has passed.
+    /// Blocks until there may be something for a [`turn`](Self::turn), or `timeout` has passed. Does short
+    /// work instead that the pool has no thread for.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<()> {
-        if !lock(&self.wakes.list).is_empty() {
+        if !lock(&self.wakes.list).is_empty() || self.help() {
             return Ok(());
         }
         self.unsubmitted.set(false);
@@ -434,6 +439,39 @@ impl Driver {
             .borrow_mut()
             .wait(timeout)
             .map_err(|error| Error::from(error).operation("wait for completions"))
+    }
+
+    /// From now on this driver does its own short work on a pool where that has no thread free. Returns as
+    /// whom.
+    pub(crate) fn helps(&self, pool: &Pool) -> Helper {
+        let mut helped = self.helped.borrow_mut();
+        if helped.is_none() {
+            *helped = Some(pool.clone());
+        }
+        self.as_helper()
+    }
+
+    fn as_helper(&self) -> Helper {
+        Arc::as_ptr(&self.wakes).addr()
+    }
+
+    /// Does a short work instead of sleeping; whether there was one.
+    fn help(&self) -> bool {
+        let mut helped = self.helped.borrow_mut();
+        let job = helped
+            .as_ref()
+            .and_then(|pool| pool.job_for(self.as_helper()));
+        let Some(job) = job else {
+            *helped = None;
+            return false;
+        };
+        drop(helped);
+        // What was held back for the wait goes on meanwhile.
+        self.submit();
+        let before = CURRENT.replace(Arc::as_ptr(&self.wakes));
+        job.run();
+        CURRENT.set(before);
+        true
     }
 
     /// Runs a future on the calling thread until it ends, moving everything else of this driver on

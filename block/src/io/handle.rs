@@ -15,6 +15,7 @@ use super::{
     operation::{Eof, NewOp, OpKind},
     outcome::{Outcome, OutcomeFuture, Reporter},
     pins::QueuePins,
+    pool::Helper,
     spare::SpareBuffers,
 };
 use crate::faults::{Event, Operation};
@@ -530,11 +531,31 @@ impl Io {
         self.run(move || entry.file.next_data(offset)).await?
     }
 
-    /// Runs blocking work on the pool, or inline where the engine is synchronous.
+    /// Runs blocking work on the pool, or inline where the engine is synchronous. Dropping the future
+    /// waits until the work has ended.
     ///
     /// # Errors
     /// [`ErrorKind::Cancelled`] when the work panicked.
     pub async fn run<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.run_on_pool(work, None).await
+    }
+
+    /// The same for work so short that this thread may do it, rather than sleep, where no thread of the
+    /// pool is free.
+    pub(crate) async fn run_short<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let helper = self.driver.helps(&self.core.pool);
+        self.run_on_pool(work, Some(helper)).await
+    }
+
+    async fn run_on_pool<T, F>(&self, work: F, helper: Option<Helper>) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
@@ -549,9 +570,8 @@ impl Io {
         }
         let shared = Arc::new(Mutex::new(Outcome::Waiting(None)));
         let reporter = Reporter(Arc::clone(&shared));
-        self.core.pool.execute(Box::new(move || {
-            reporter.report(Outcome::Done(work()));
-        }));
+        let work = move || reporter.report(Outcome::Done(work()));
+        self.core.pool.execute(Box::new(work), helper);
         OutcomeFuture(shared).await
     }
 

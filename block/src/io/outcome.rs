@@ -5,9 +5,14 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll, Waker},
+    thread,
+    time::Duration,
 };
 
 use crate::{Error, ErrorKind, Result, sync::lock};
+
+/// How often who gives up looks whether the work has ended.
+const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
 /// What became of blocking work.
 pub(super) enum Outcome<T> {
@@ -39,6 +44,16 @@ impl<T> Drop for Reporter<T> {
 
 /// Ends when the work was reported.
 pub(super) struct OutcomeFuture<T>(pub(super) Arc<Mutex<Outcome<T>>>);
+
+/// Work may have memory of a request ([`Target`](super::Target)): it is not left behind. Futures are
+/// dropped before their end only where a caller gives up as a whole.
+impl<T> Drop for OutcomeFuture<T> {
+    fn drop(&mut self) {
+        while matches!(&*lock(&self.0), Outcome::Waiting(_)) {
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
 
 impl<T> Future for OutcomeFuture<T> {
     type Output = Result<T>;

@@ -13,7 +13,16 @@ use std::{
 
 use crate::sync::lock;
 
-type Job = Box<dyn FnOnce() + Send>;
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Who may do a job besides the pool: the address of something that lives as long.
+pub(crate) type Helper = usize;
+
+/// Work that waits.
+pub(crate) struct Job {
+    work: Work,
+    helper: Option<Helper>,
+}
 
 /// The most threads a pool has by default.
 const DEFAULT_MAX_THREADS: usize = 8;
@@ -36,6 +45,8 @@ struct Queue {
 #[derive(Default)]
 struct Jobs {
     waiting: VecDeque<Job>,
+    /// Threads that wait for one. Only then is there anybody to wake, which is a system call.
+    idle: usize,
     ended: bool,
 }
 
@@ -96,11 +107,36 @@ impl Pool {
         self.threads
     }
 
-    /// Queues work. A panic in it ends the work, not the thread.
-    pub(crate) fn execute(&self, job: Job) {
+    /// Queues work. A panic in it ends the work, not the thread. A helper [may do](Self::job_for) it too.
+    pub(crate) fn execute(&self, work: Work, helper: Option<Helper>) {
         let queue = &self.handle.0;
-        lock(&queue.jobs).waiting.push_back(job);
-        queue.added.notify_one();
+        let mut jobs = lock(&queue.jobs);
+        jobs.waiting.push_back(Job { work, helper });
+        let wake = jobs.idle > 0;
+        drop(jobs);
+        if wake {
+            queue.added.notify_one();
+        }
+    }
+
+    /// One of the helper's jobs that no thread is free for.
+    pub(crate) fn job_for(&self, helper: Helper) -> Option<Job> {
+        let mut jobs = lock(&self.handle.0.jobs);
+        if jobs.waiting.len() <= jobs.idle {
+            return None;
+        }
+        let own = |job: &Job| job.helper == Some(helper);
+        let place = jobs.waiting.iter().position(own)?;
+        jobs.waiting.remove(place)
+    }
+}
+
+impl Job {
+    /// Does it.
+    pub(crate) fn run(self) {
+        if catch_unwind(AssertUnwindSafe(self.work)).is_err() {
+            tracing::error!("blocking work panicked");
+        }
     }
 }
 
@@ -115,17 +151,17 @@ impl Queue {
             if jobs.ended {
                 return None;
             }
+            jobs.idle += 1;
             let woken = self.added.wait(jobs);
             jobs = woken.unwrap_or_else(PoisonError::into_inner);
+            jobs.idle -= 1;
         }
     }
 }
 
 fn work(queue: &Queue) {
     while let Some(job) = queue.take() {
-        if catch_unwind(AssertUnwindSafe(job)).is_err() {
-            tracing::error!("blocking work panicked");
-        }
+        job.run();
     }
 }
 
@@ -141,10 +177,11 @@ mod tests {
         let (sender, ended) = mpsc::channel();
         for number in 0..100 {
             let sender = sender.clone();
-            pool.execute(Box::new(move || {
+            let work = move || {
                 assert!(number % 10 != 3, "a panic on purpose");
                 sender.send(number).unwrap();
-            }));
+            };
+            pool.execute(Box::new(work), None);
         }
         drop(sender);
         let mut all: Vec<i32> = ended.iter().collect();
@@ -158,10 +195,10 @@ mod tests {
         let pool = Pool::new(1).unwrap();
         let (sender, ended) = mpsc::channel();
         let (go, gate) = mpsc::channel::<()>();
-        pool.execute(Box::new(move || gate.recv().unwrap()));
+        pool.execute(Box::new(move || gate.recv().unwrap()), None);
         for number in 0..3 {
             let sender = sender.clone();
-            pool.execute(Box::new(move || sender.send(number).unwrap()));
+            pool.execute(Box::new(move || sender.send(number).unwrap()), None);
         }
         let queue = Arc::downgrade(&pool.handle.0);
         drop((pool, sender));
@@ -170,5 +207,36 @@ mod tests {
         while queue.strong_count() > 0 {
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_helper_does_its_own_jobs_that_no_thread_is_free_for() {
+        let pool = Pool::new(1).unwrap();
+        let (busy, started) = mpsc::channel();
+        let (go, gate) = mpsc::channel::<()>();
+        let blocked = move || {
+            busy.send(()).unwrap();
+            gate.recv().unwrap();
+        };
+        pool.execute(Box::new(blocked), Some(1));
+        started.recv().unwrap();
+        let (sender, ended) = mpsc::channel();
+        for (number, helper) in [(0, None), (1, Some(2)), (2, Some(1)), (3, Some(1))] {
+            let sender = sender.clone();
+            let work = move || sender.send((number, thread::current().id())).unwrap();
+            pool.execute(Box::new(work), helper);
+        }
+        pool.job_for(1).unwrap().run();
+        pool.job_for(1).unwrap().run();
+        assert!(pool.job_for(1).is_none());
+        let here = thread::current().id();
+        assert_eq!(ended.try_iter().collect::<Vec<_>>(), [(2, here), (3, here)]);
+        go.send(()).unwrap();
+        drop((pool, sender));
+        let others: Vec<_> = ended
+            .iter()
+            .map(|(number, by)| (number, by == here))
+            .collect();
+        assert_eq!(others, [(0, false), (1, false)]);
     }
 }

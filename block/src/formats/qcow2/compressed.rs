@@ -22,8 +22,11 @@ use crate::{
 };
 
 /// The most clusters, and bytes of them, that are decompressed by one job.
-const GROUP_CLUSTERS: usize = 4;
+const GROUP_CLUSTERS: usize = 8;
 const GROUP_BYTES: usize = 512 << 10;
+
+/// The most bytes of clusters that the thread of the queue may decompress rather than sleep.
+const SHORT_BYTES: usize = 64 << 10;
 
 /// Groups of one request at a time.
 const GROUPS_AT_A_TIME: usize = 2;
@@ -52,6 +55,9 @@ impl Codec {
         }
     }
 }
+
+/// Decompresses a cluster into a slice.
+type Fill<'a> = &'a dyn Fn(&mut [u8]) -> Result<()>;
 
 /// What a request wants of one cluster.
 struct Wanted {
@@ -186,11 +192,13 @@ impl Decompressed {
         let cluster_size = self.cluster_size;
         // The buffer of the cluster that went, if nobody reads from it any more: new ones cost
         // zeroing and page faults.
-        let output = move || {
+        let make = move |fill: Fill<'_>| {
             let old = old.and_then(Arc::into_inner);
-            old.unwrap_or_else(|| AlignedBuf::zeroed(cluster_size))
+            let mut output = old.unwrap_or_else(|| AlignedBuf::zeroed(cluster_size));
+            fill(&mut output)?;
+            Ok(output)
         };
-        let data = self.decompress(io, file, vec![(key, output)]).await?;
+        let data = self.decompress(io, file, vec![(key, make)]).await?;
         let data = data.into_iter().next();
         let data = data.ok_or_else(|| Error::new(ErrorKind::Cancelled))?;
         let data = Arc::new(data);
@@ -206,16 +214,17 @@ impl Decompressed {
         }
     }
 
-    /// Decompresses clusters that lie behind each other in the file: one read, one job. Buffers for
-    /// them are made by the job.
-    async fn decompress<B>(
+    /// Decompresses clusters that lie behind each other in the file: one read, one job, which lets the
+    /// caller's functions have each content where they want it.
+    async fn decompress<M, T>(
         &self,
         io: &Io,
         file: FileId,
-        clusters: Vec<(Compressed, B)>,
-    ) -> Result<Vec<AlignedBuf>>
+        clusters: Vec<(Compressed, M)>,
+    ) -> Result<Vec<T>>
     where
-        B: FnOnce() -> AlignedBuf + Send + 'static,
+        M: FnOnce(Fill<'_>) -> Result<T> + Send + 'static,
+        T: Send + 'static,
     {
         let keys = clusters.iter().map(|(key, _)| *key);
         let start = keys.clone().map(|key| key.offset).min().unwrap_or(0);
@@ -227,20 +236,21 @@ impl Decompressed {
             })
             .await?;
         let codec = self.codec;
-        let (input, result) = io
-            .run(move || {
-                let each = clusters.into_iter().map(|(key, output)| {
-                    let at = lead + (key.offset - start) as usize;
-                    let mut output = output();
-                    codec
-                        .decompress(&input[at..at + key.len as usize], &mut output)
-                        .map_err(|error| error.offset(key.offset))?;
-                    Ok(output)
-                });
-                let result = each.collect();
-                (input, result)
-            })
-            .await?;
+        let is_short = clusters.len() * self.cluster_size <= SHORT_BYTES;
+        let work = move || {
+            let each = clusters.into_iter().map(|(key, make)| {
+                let at = lead + (key.offset - start) as usize;
+                let data = &input[at..at + key.len as usize];
+                make(&|output| codec.decompress(data, output))
+                    .map_err(|error| error.offset(key.offset))
+            });
+            let result = each.collect();
+            (input, result)
+        };
+        let (input, result) = match is_short {
+            true => io.run_short(work).await?,
+            false => io.run(work).await?,
+        };
         io.spare.keep(input);
         result
     }
@@ -323,19 +333,14 @@ impl Qcow2 {
         if missing.is_empty() {
             return Ok(());
         }
-        let outputs = missing.iter().map(|one| {
-            let output = io.spare.take(self.decompressed.cluster_size);
-            (one.key, move || output)
+        let clusters = missing.iter().map(|one| {
+            let target = buffers.target(one.at, one.len as u64);
+            (one.key, move |fill: Fill<'_>| target.fill(fill))
         });
-        let clusters = outputs.collect();
-        let contents = self
-            .decompressed
+        let clusters = clusters.collect();
+        self.decompressed
             .decompress(io, self.file, clusters)
             .await?;
-        for (one, data) in missing.into_iter().zip(contents) {
-            one.copy(&data, buffers);
-            io.spare.keep(data);
-        }
         Ok(())
     }
 
