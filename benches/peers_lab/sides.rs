@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use block::Format;
+use block::{DiskFile as _, Format};
 use platter_benches::{
     Result, Work,
     fio::Fio,
@@ -34,6 +34,53 @@ impl Lab {
         let format = format_of(set);
         Ok(Box::new(OnThread::start(move || {
             Strided::new(&open(&path, format, work.direct)?, work, pattern)
+        })?))
+    }
+
+    /// Where a filled image has the data of its disk in one piece, from the first byte on: host offset
+    /// and length in bytes.
+    pub(crate) fn data_run(&self, set: Set, direct: bool) -> Result<(u64, u64)> {
+        let disk = open(&self.path(set, direct)?, format_of(set), direct)?;
+        let first = disk.block_status(0, self.size())?.offset;
+        let start = first.ok_or("the image has no data at its start")?.0;
+        let mut len = 0;
+        while len < self.size() {
+            let run = disk.block_status(len, self.size() - len)?;
+            if run.offset.is_none_or(|offset| offset.0 != start + len) {
+                break;
+            }
+            len += run.len;
+        }
+        if len < self.size() / 4 {
+            return Err(format!("only {len} bytes of the image lie together").into());
+        }
+        Ok((start, len))
+    }
+
+    /// Random accesses by our raw disk to the file of an image, from a byte on.
+    pub(crate) fn random_beneath(&self, set: Set, start: u64, work: Work) -> Result<AnySide> {
+        let path = self.path(set, work.direct)?;
+        Ok(Box::new(OnThread::start(move || {
+            Straight::from(start, &open(&path, Format::Raw, work.direct)?, work)
+        })?))
+    }
+
+    /// The same in steps.
+    pub(crate) fn strided_beneath(
+        &self,
+        set: Set,
+        start: u64,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<AnySide> {
+        let path = self.path(set, work.direct)?;
+        Ok(Box::new(OnThread::start(move || {
+            Strided::from(
+                start,
+                &open(&path, Format::Raw, work.direct)?,
+                work,
+                pattern,
+            )
         })?))
     }
 

@@ -54,6 +54,7 @@ impl Random {
 pub struct Straight {
     io: Box<dyn AsyncIo>,
     work: Work,
+    start: u64,
     spare: Vec<Buffers>,
     batch: Vec<Request>,
     completions: Vec<Completion>,
@@ -65,9 +66,18 @@ impl Straight {
     /// # Errors
     /// The disk's.
     pub fn new(disk: &dyn AsyncDiskFile, work: Work) -> Result<Self> {
+        Self::from(0, disk, work)
+    }
+
+    /// The same on the part of a disk that starts at a byte.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn from(start: u64, disk: &dyn AsyncDiskFile, work: Work) -> Result<Self> {
         let mut straight = Self {
             io: disk.create_async_io(work.depth)?,
             work,
+            start,
             spare: (0..work.depth)
                 .map(|byte| {
                     let mut buffer = AlignedBuf::zeroed(work.block as usize);
@@ -80,6 +90,7 @@ impl Straight {
         };
         for offset in (0..work.size).step_by(64 << 10) {
             if let Some(buffers) = straight.spare.pop() {
+                let offset = start + offset;
                 let op = RequestOp::Read { offset, buffers };
                 straight.batch.push(Request { id: 0, op });
             }
@@ -112,9 +123,9 @@ impl Load for Straight {
         loop {
             if !stop.reached(started) {
                 started += self.spare.len() as u64;
-                let (direction, block) = (self.work.direction, self.work.block);
+                let (direction, block, start) = (self.work.direction, self.work.block, self.start);
                 self.batch.extend(self.spare.drain(..).map(|buffers| {
-                    let offset = random.below(blocks) * block;
+                    let offset = start + random.below(blocks) * block;
                     let op = match direction {
                         Direction::Read => RequestOp::Read { offset, buffers },
                         Direction::Write => RequestOp::Write {

@@ -24,6 +24,7 @@ pub struct Strided {
     io: Box<dyn AsyncIo>,
     work: Work,
     pattern: Pattern,
+    start: u64,
     offset: u64,
     spare: Vec<Buffers>,
     batch: Vec<Request>,
@@ -36,6 +37,19 @@ impl Strided {
     /// # Errors
     /// The disk's.
     pub fn new(disk: &dyn AsyncDiskFile, work: Work, pattern: Pattern) -> Result<Self> {
+        Self::from(0, disk, work, pattern)
+    }
+
+    /// The same on the part of a disk that starts at a byte.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn from(
+        start: u64,
+        disk: &dyn AsyncDiskFile,
+        work: Work,
+        pattern: Pattern,
+    ) -> Result<Self> {
         let buffer = |byte| {
             let mut buffer = AlignedBuf::zeroed(work.block as usize);
             buffer.fill(byte as u8 + 1);
@@ -45,6 +59,7 @@ impl Strided {
             io: disk.create_async_io(work.depth)?,
             work,
             pattern,
+            start,
             offset: 0,
             spare: (0..work.depth).map(buffer).collect(),
             batch: Vec::with_capacity(work.depth as usize),
@@ -53,8 +68,8 @@ impl Strided {
     }
 
     fn push(&mut self, buffers: Buffers) {
-        let offset = self.offset;
-        self.offset = (offset + self.pattern.step) % self.work.size;
+        let offset = self.start + self.offset;
+        self.offset = (self.offset + self.pattern.step) % self.work.size;
         let op = match self.work.direction {
             Direction::Read => RequestOp::Read { offset, buffers },
             Direction::Write => RequestOp::Write {

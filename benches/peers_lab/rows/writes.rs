@@ -91,10 +91,13 @@ fn in_place(rows: &mut Rows) {
             rows.add(name, move |bench, name| {
                 let image = Set::Plain(Format::Qcow2);
                 let pattern = steps(STEP, every);
-                let work = bench.work(Direction::Write, direct, depth(every));
+                let (start, size) = bench.lab.data_run(image, direct)?;
+                let work = Work {
+                    size,
+                    ..bench.work(Direction::Write, direct, depth(every))
+                };
                 let ours = bench.lab.strided(image, work, pattern)?;
-                let raw = Set::Plain(Format::Raw);
-                let peer = bench.lab.strided(raw, work, pattern)?;
+                let peer = bench.lab.strided_beneath(image, start, work, pattern)?;
                 let sides = Sides::new(("Qcow2Async", ours), ("RawAsync", peer));
                 let mut entry = bench.compare(name, Bars::rate(0.95), sides)?;
                 let flushes = host_flushes(bench, Target::Stays(image), (work, pattern))?;
