@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, process::Command, time::Duration};
 use block::Format;
 use platter_benches::{
     Result, Work,
-    qemu::{AIO, QemuBench, image_opts},
+    qemu::{QemuBench, fastest_aio, image_opts},
     side::{OnThread, Side, Slice},
     stride::{Pattern, Strided},
 };
@@ -107,24 +107,17 @@ impl Lab {
         let image = self.fresh_image(fresh, "fresh.qemu")?;
         let make = self.maker(&image, work.size);
         let program = self.options.qemu.join("qemu-img");
-        let mut best: Option<(f64, &str)> = None;
         let run = move |aio: &str| -> Result<QemuBench> {
             let opts = image_opts("qcow2", &image.path, aio, work.direct, L2_CACHE);
             Ok(QemuBench::fresh(&program, opts, work, pattern)?
                 .count(Self::fresh_count(work, pattern)))
         };
-        for aio in AIO {
-            if aio == "native" && !work.direct {
-                continue;
-            }
+        let aio = fastest_aio(work.direct, |aio| {
             make()?;
-            let mut bench: QemuBench = run(aio)?;
+            let mut bench = run(aio)?;
             bench.slice(Duration::ZERO, 0)?;
-            if best.is_none_or(|(rate, _)| rate < bench.rate()) {
-                best = Some((bench.rate(), aio));
-            }
-        }
-        let (_, aio) = best.ok_or("no kind of host I/O works")?;
+            Ok(bench.rate())
+        })?;
         Ok(Box::new(FreshSide {
             make,
             run: Box::new(move || run(aio)?.slice(Duration::ZERO, 0)),

@@ -10,7 +10,7 @@ use std::{
 use block::Format;
 use platter_benches::{
     Result, Work,
-    qemu::{AIO, QemuBench, image_opts},
+    qemu::{QemuBench, fastest_aio, image_opts},
     server::{Server, cpu_of},
     side::Side,
     stride::Pattern,
@@ -75,18 +75,9 @@ impl Lab {
     ) -> Result<T> {
         let path = self.served_path(set, direct)?;
         let format = format_of(set);
-        let mut best: Option<(f64, &str)> = None;
-        for aio in AIO {
-            if aio == "native" && !direct {
-                continue;
-            }
-            let mut driven = client(self.daemon(&path, format, aio, direct)?)?;
-            let rate = rate(&mut driven)?;
-            if best.is_none_or(|(before, _)| before < rate) {
-                best = Some((rate, aio));
-            }
-        }
-        let (_, aio) = best.ok_or("no kind of host I/O works")?;
+        let aio = fastest_aio(direct, |aio| {
+            rate(&mut client(self.daemon(&path, format, aio, direct)?)?)
+        })?;
         client(self.daemon(&path, format, aio, direct)?)
     }
 

@@ -8,7 +8,7 @@ use platter_benches::{
     fio::Fio,
     lanes::Lanes,
     load::Straight,
-    qemu::{AIO, QemuBench, image_opts},
+    qemu::{QemuBench, fastest_aio, image_opts},
     side::{OnThread, Side},
     stride::{Pattern, Strided},
 };
@@ -136,19 +136,16 @@ impl Lab {
         pattern: Pattern,
     ) -> Result<Box<dyn Side>> {
         let path = self.path(set, work.direct)?;
-        let mut best: Option<QemuBench> = None;
-        for aio in AIO {
-            if aio == "native" && !work.direct {
-                continue;
-            }
+        let program = self.options.qemu.join("qemu-img");
+        let bench = |aio: &str| {
             let image = image_opts(format_of(set).name(), &path, aio, work.direct, L2_CACHE);
-            let program = self.options.qemu.join("qemu-img");
-            let mut bench = QemuBench::new(&program, image, work, pattern)?;
+            QemuBench::new(&program, image, work, pattern)
+        };
+        let aio = fastest_aio(work.direct, |aio| {
+            let mut bench = bench(aio)?;
             bench.slice(Duration::from_millis(300), 0)?;
-            if best.as_ref().is_none_or(|best| best.rate() < bench.rate()) {
-                best = Some(bench);
-            }
-        }
-        Ok(Box::new(best.ok_or("no kind of host I/O works")?))
+            Ok(bench.rate())
+        })?;
+        Ok(Box::new(bench(aio)?))
     }
 }
