@@ -39,6 +39,13 @@ impl PerWrite {
     }
 }
 
+/// Host operations of a run.
+struct Seen {
+    counted: Counted,
+    reads: u64,
+    read_bytes: u64,
+}
+
 /// Writes of the shorter and of the longer run: what both have in common (opening, closing) cancels out.
 const SHORT: u64 = 512;
 const LONG: u64 = 1536;
@@ -54,7 +61,7 @@ impl Lab {
         work: Work,
         pattern: Pattern,
     ) -> Result<PerWrite> {
-        let run = |ios| -> Result<(Counted, u64, u64)> {
+        let run = |ios| -> Result<Seen> {
             let (path, format) = match target {
                 Target::Stays(set) => (self.path(set, work.direct)?, format_of(set)),
                 Target::Fresh(fresh) => self.remake(fresh, "fresh.ours", work.size)?,
@@ -68,18 +75,22 @@ impl Lab {
             drop(load);
             disk.close()?;
             let reads = counts.take_reads();
-            let bytes = reads.iter().map(|(_, len)| len).sum();
-            Ok((counts.now(), reads.len() as u64, bytes))
+            Ok(Seen {
+                counted: counts.now(),
+                reads: reads.len() as u64,
+                read_bytes: reads.iter().map(|(_, len)| len).sum(),
+            })
         };
         let (short, long) = (run(SHORT)?, run(LONG)?);
-        let per_write =
-            |short: u64, long: u64| (long.saturating_sub(short)) as f64 / (LONG - SHORT) as f64;
+        let per_write = |of: fn(&Seen) -> u64| {
+            of(&long).saturating_sub(of(&short)) as f64 / (LONG - SHORT) as f64
+        };
         Ok(PerWrite {
-            writes: per_write(short.0.writes, long.0.writes),
-            bytes: per_write(short.0.written, long.0.written),
-            flushes: per_write(short.0.flushes, long.0.flushes),
-            reads: per_write(short.1, long.1),
-            read_bytes: per_write(short.2, long.2),
+            writes: per_write(|seen| seen.counted.writes),
+            bytes: per_write(|seen| seen.counted.written),
+            flushes: per_write(|seen| seen.counted.flushes),
+            reads: per_write(|seen| seen.reads),
+            read_bytes: per_write(|seen| seen.read_bytes),
         })
     }
 

@@ -9,7 +9,7 @@ mod raw;
 mod served;
 mod writes;
 
-use std::time::Duration;
+use std::{process::Command, time::Duration};
 
 use platter_benches::{
     Direction, Result, Work,
@@ -39,8 +39,18 @@ pub(crate) struct Row {
 impl Row {
     /// Measures it; what goes wrong is the row's.
     pub(crate) fn run(&self, bench: &Bench) -> Entry {
-        (self.measure)(bench, &self.name)
+        settle()
+            .and_then(|()| (self.measure)(bench, &self.name))
             .unwrap_or_else(|error| Entry::failure(&self.name, &error.to_string()))
+    }
+}
+
+/// Lets what the rows before wrote reach the disk, so that it does not disturb the next.
+fn settle() -> Result<()> {
+    let status = Command::new("sync").status()?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(format!("sync: {status}").into()),
     }
 }
 

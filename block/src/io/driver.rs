@@ -431,7 +431,8 @@ impl Driver {
     /// Blocks until there may be something for a [`turn`](Self::turn), or `timeout` has passed. Does short
     /// work instead that the pool has no thread for.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<()> {
-        if !lock(&self.wakes.list).is_empty() || self.help() {
+        let sleeps = timeout != Some(Duration::ZERO);
+        if !lock(&self.wakes.list).is_empty() || (sleeps && self.help()) {
             return Ok(());
         }
         self.unsubmitted.set(false);

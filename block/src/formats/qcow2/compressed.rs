@@ -6,6 +6,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use smallvec::SmallVec;
+
 use super::{
     Qcow2,
     header::CompressionType,
@@ -21,8 +23,7 @@ use crate::{
     sync::{Notify, join_all, lock},
 };
 
-/// The most clusters, and bytes of them, that are decompressed by one job.
-const GROUP_CLUSTERS: usize = 8;
+/// The most bytes of clusters that are decompressed by one job.
 const GROUP_BYTES: usize = 512 << 10;
 
 /// The most bytes of clusters that the thread of the queue may decompress rather than sleep.
@@ -287,7 +288,7 @@ impl Qcow2 {
         buffers: &Buffers,
         mut at: u64,
     ) -> Result<()> {
-        let mut wanted = Vec::new();
+        let mut wanted: SmallVec<[Wanted; 1]> = SmallVec::new();
         while range.len > 0 {
             let cluster = self.geometry.cluster(range.start);
             let part = self.until(range, cluster + 1);
@@ -304,10 +305,13 @@ impl Qcow2 {
             at += part.len;
             range = range.skip(part.len);
         }
+        if let [one] = &wanted[..] {
+            return self.read_kept(io, one, buffers).await;
+        }
         let cluster_size = self.decompressed.cluster_size;
         let groups: Vec<_> = wanted
             .chunk_by(|one, next| one.continues(next, cluster_size))
-            .flat_map(|run| run.chunks((GROUP_BYTES / cluster_size).clamp(1, GROUP_CLUSTERS)))
+            .flat_map(|run| run.chunks((GROUP_BYTES / cluster_size).max(1)))
             .collect();
         for some in groups.chunks(GROUPS_AT_A_TIME) {
             let reads = some.iter().map(|group| self.read_group(io, group, buffers));
@@ -316,11 +320,17 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Reads of one cluster, which is kept for the next read of it.
+    async fn read_kept(&self, io: &Io, one: &Wanted, buffers: &Buffers) -> Result<()> {
+        let data = self.decompressed.get(io, self.file, one.key).await?;
+        one.copy(&data, buffers);
+        Ok(())
+    }
+
+    /// Reads clusters whole that lie behind each other.
     async fn read_group(&self, io: &Io, group: &[Wanted], buffers: &Buffers) -> Result<()> {
         if let [one] = group {
-            let data = self.decompressed.get(io, self.file, one.key).await?;
-            one.copy(&data, buffers);
-            return Ok(());
+            return self.read_kept(io, one, buffers).await;
         }
         let is_missing = |one: &&Wanted| match self.decompressed.ready(one.key) {
             Some(data) => {
