@@ -54,8 +54,9 @@ pub(crate) struct Driver {
     wakes: Arc<WakeQueue>,
     woken: RefCell<Vec<Key>>,
     queues: RefCell<Slab<Weak<dyn RequestSink>>>,
-    /// A pool that may have short work of this driver's.
+    /// A pool that may have short work of this driver's, and whether there is one.
     helped: RefCell<Option<Pool>>,
+    has_short_work: Cell<bool>,
     /// What the engine has registered stays mapped. Dropped after the engine.
     memory: RefCell<Option<MemoryRegions>>,
 }
@@ -91,6 +92,7 @@ impl Driver {
             woken: RefCell::default(),
             queues: RefCell::default(),
             helped: RefCell::default(),
+            has_short_work: Cell::new(false),
             memory: RefCell::default(),
         }))
     }
@@ -431,8 +433,7 @@ impl Driver {
     /// Blocks until there may be something for a [`turn`](Self::turn), or `timeout` has passed. Does short
     /// work instead that the pool has no thread for.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<()> {
-        let sleeps = timeout != Some(Duration::ZERO);
-        if !lock(&self.wakes.list).is_empty() || (sleeps && self.help()) {
+        if !lock(&self.wakes.list).is_empty() || self.help(timeout) {
             return Ok(());
         }
         self.unsubmitted.set(false);
@@ -448,6 +449,7 @@ impl Driver {
         let mut helped = self.helped.borrow_mut();
         if helped.is_none() {
             *helped = Some(pool.clone());
+            self.has_short_work.set(true);
         }
         self.as_helper()
     }
@@ -456,14 +458,21 @@ impl Driver {
         Arc::as_ptr(&self.wakes).addr()
     }
 
-    /// Does a short work instead of sleeping; whether there was one.
-    fn help(&self) -> bool {
+    /// Does a short work instead of sleeping so long; whether there was one.
+    fn help(&self, timeout: Option<Duration>) -> bool {
+        self.has_short_work.get() && timeout != Some(Duration::ZERO) && self.help_now()
+    }
+
+    // Apart, so that those who have no such work do not pay for it.
+    #[cold]
+    fn help_now(&self) -> bool {
         let mut helped = self.helped.borrow_mut();
         let job = helped
             .as_ref()
             .and_then(|pool| pool.job_for(self.as_helper()));
         let Some(job) = job else {
             *helped = None;
+            self.has_short_work.set(false);
             return false;
         };
         drop(helped);
