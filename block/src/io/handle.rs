@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     path::PathBuf,
     rc::Rc,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -13,14 +13,15 @@ use super::{
     core::{DiskCore, FileEntry},
     driver::Driver,
     operation::{Eof, NewOp, OpKind},
-    outcome::{Outcome, OutcomeFuture, Reporter},
     pins::QueuePins,
-    pool::Helper,
     spare::SpareBuffers,
 };
 use crate::faults::{Event, Operation};
 use crate::sync::join_all;
 use crate::{Error, ErrorKind, FileId, Result, table::MapCache};
+
+/// The most bytes of a buffer of zeroes.
+const ZERO_BUFFER: u64 = 64 << 10;
 
 struct OpenFile {
     entry: Arc<FileEntry>,
@@ -306,6 +307,19 @@ impl Io {
             .await
     }
 
+    /// Writes zeroes, all from one small buffer.
+    pub(crate) async fn write_zeroes(&self, file: FileId, offset: u64, len: u64) -> Result<()> {
+        let mut zeroes = AlignedBuf::zeroed(len.min(ZERO_BUFFER) as usize);
+        let mut segments = Segments::new();
+        let mut left = len;
+        while left > 0 {
+            let part = left.min(ZERO_BUFFER);
+            segments.push(Segment::new(zeroes.as_mut_ptr(), part as usize));
+            left -= part;
+        }
+        self.write_segments(file, offset, segments, false).await
+    }
+
     async fn write_aligned(
         &self,
         file: FileId,
@@ -529,50 +543,6 @@ impl Io {
         self.inject(file, Operation::BlockStatus, offset, 1)
             .map_err(|kind| Error::new(kind).operation("seek").path(entry.path()))?;
         self.run(move || entry.file.next_data(offset)).await?
-    }
-
-    /// Runs blocking work on the pool, or inline where the engine is synchronous. Dropping the future
-    /// waits until the work has ended.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Cancelled`] when the work panicked.
-    pub async fn run<T, F>(&self, work: F) -> Result<T>
-    where
-        T: Send + 'static,
-        F: FnOnce() -> T + Send + 'static,
-    {
-        self.run_on_pool(work, None).await
-    }
-
-    /// The same for work so short that this thread may do it, rather than sleep, where no thread of the
-    /// pool is free.
-    pub(crate) async fn run_short<T, F>(&self, work: F) -> Result<T>
-    where
-        T: Send + 'static,
-        F: FnOnce() -> T + Send + 'static,
-    {
-        let helper = self.driver.helps(&self.core.pool);
-        self.run_on_pool(work, Some(helper)).await
-    }
-
-    async fn run_on_pool<T, F>(&self, work: F, helper: Option<Helper>) -> Result<T>
-    where
-        T: Send + 'static,
-        F: FnOnce() -> T + Send + 'static,
-    {
-        if self.driver.is_synchronous() {
-            return Ok(work());
-        }
-        if self.driver.is_simulated() {
-            let value = work();
-            self.sleep(Duration::ZERO).await?;
-            return Ok(value);
-        }
-        let shared = Arc::new(Mutex::new(Outcome::Waiting(None)));
-        let reporter = Reporter(Arc::clone(&shared));
-        let work = move || reporter.report(Outcome::Done(work()));
-        self.core.pool.execute(Box::new(work), helper);
-        OutcomeFuture(shared).await
     }
 
     /// Waits.

@@ -3,6 +3,7 @@
 mod aio_sys;
 mod aio_worker;
 mod async_io;
+mod blocking;
 mod buffers;
 mod busy;
 mod context;
@@ -19,7 +20,7 @@ mod handle;
 mod loan;
 mod operation;
 mod os_host;
-mod outcome;
+
 mod pace;
 mod pins;
 mod pool;

@@ -23,8 +23,8 @@ use super::{
     refcount::{Refcounts, Run},
 };
 use crate::{
-    FileId, Result,
-    io::{AlignedBuf, FallocateMode, Io, Segment, Segments},
+    Result,
+    io::{FallocateMode, Io},
     sync::Notify,
 };
 
@@ -43,9 +43,8 @@ const FLUSHED_OFTEN: u32 = 8;
 /// The most new clusters between two flushes that are few.
 const FEW: u64 = 4;
 
-/// The bytes of zeroes that clusters get at once, and of a buffer of them.
+/// The bytes of zeroes that clusters get at once.
 const ZEROES: u64 = 1 << 20;
-const ZERO_BUFFER: usize = 64 << 10;
 
 /// How far the file reaches.
 #[derive(Debug)]
@@ -101,9 +100,11 @@ impl Ahead {
         }
     }
 
-    /// Whether flushes follow after few new clusters, often enough that zeroes are worth writing.
+    /// Whether flushes follow after few new clusters, often enough that zeroes are worth writing, and the next
+    /// one still can.
     fn wants_zeroes(&self) -> bool {
         self.after_few.load(Ordering::Relaxed) >= FLUSHED_OFTEN
+            && self.new.load(Ordering::Relaxed) <= FEW
     }
 
     /// The end of what the file has, to be [durable](Self::synced) after a sync that follows.
@@ -192,7 +193,7 @@ impl Qcow2 {
             tried: first,
         };
         let (start, len) = (self.geometry.start(first), self.geometry.start(end - first));
-        if let Err(error) = write_zeroes(io, self.file, start, len).await {
+        if let Err(error) = io.write_zeroes(self.file, start, len).await {
             // They read as zeroes without.
             tracing::debug!(%error, "no zeroes written ahead");
         }
@@ -247,19 +248,6 @@ impl Drop for Withheld<'_> {
     fn drop(&mut self) {
         self.refcounts.end_withholding(self.tried);
     }
-}
-
-/// Writes zeroes, from one small buffer.
-async fn write_zeroes(io: &Io, file: FileId, start: u64, len: u64) -> Result<()> {
-    let mut zeroes = AlignedBuf::zeroed(ZERO_BUFFER.min(len as usize));
-    let (at, most) = (zeroes.as_mut_ptr(), zeroes.len() as u64);
-    let mut segments = Segments::new();
-    let mut left = len;
-    while left > 0 {
-        segments.push(Segment::new(at, left.min(most) as usize));
-        left -= left.min(most);
-    }
-    io.write_segments(file, start, segments, false).await
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ pub(super) struct Reserve {
     given: u64,
     /// Nobody gets one: zeroes are being written to them.
     withheld: bool,
-    /// Zeroes were written up to here.
+    /// Zeroes were written up to here, or failed to be.
     zeroed: u64,
 }
 
@@ -101,7 +101,7 @@ impl Refcounts {
         Some((first, end))
     }
 
-    /// Whoever asks gets these clusters again. Zeroes were written up to `zeroed`.
+    /// Whoever asks gets these clusters again. Zeroes were written up to `zeroed`, or failed to be.
     pub(in crate::formats::qcow2) fn end_withholding(&self, zeroed: u64) {
         let mut state = lock(&self.state);
         let reserve = &mut state.reserve;

@@ -1,4 +1,4 @@
-//! Blocking work on its way from the pool to the task that waits for it.
+//! Blocking work on its way to the pool, and back to the task that waits for it.
 
 use std::{
     future::Future,
@@ -9,23 +9,71 @@ use std::{
     time::Duration,
 };
 
+use super::Io;
 use crate::{Error, ErrorKind, Result, sync::lock};
 
 /// How often who gives up looks whether the work has ended.
 const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
+impl Io {
+    /// Runs blocking work on the pool, or inline where the engine is synchronous. Dropping the future
+    /// waits until the work has ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Cancelled`] when the work panicked.
+    pub async fn run<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.run_on_pool(work, false).await
+    }
+
+    /// The same for work so short that this thread may do it, rather than sleep, where no thread of the
+    /// pool is free.
+    pub(crate) async fn run_short<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.run_on_pool(work, true).await
+    }
+
+    async fn run_on_pool<T, F>(&self, work: F, is_short: bool) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        if self.driver.is_synchronous() {
+            return Ok(work());
+        }
+        if self.driver.is_simulated() {
+            let value = work();
+            self.sleep(Duration::ZERO).await?;
+            return Ok(value);
+        }
+        let shared = Arc::new(Mutex::new(Outcome::Waiting(None)));
+        let reporter = Reporter(Arc::clone(&shared));
+        let work = move || reporter.report(Outcome::Done(work()));
+        let pool = &self.core.pool;
+        let helper = is_short.then(|| self.driver.helps(pool));
+        pool.execute(Box::new(work), helper);
+        OutcomeFuture(shared).await
+    }
+}
+
 /// What became of blocking work.
-pub(super) enum Outcome<T> {
+enum Outcome<T> {
     Waiting(Option<Waker>),
     Done(T),
     Lost,
 }
 
 /// Reports what became of pool work, also when it panics.
-pub(super) struct Reporter<T>(pub(super) Arc<Mutex<Outcome<T>>>);
+struct Reporter<T>(Arc<Mutex<Outcome<T>>>);
 
 impl<T> Reporter<T> {
-    pub(super) fn report(&self, outcome: Outcome<T>) {
+    fn report(&self, outcome: Outcome<T>) {
         let before = std::mem::replace(&mut *lock(&self.0), outcome);
         if let Outcome::Waiting(Some(waker)) = before {
             waker.wake();
@@ -43,7 +91,7 @@ impl<T> Drop for Reporter<T> {
 }
 
 /// Ends when the work was reported.
-pub(super) struct OutcomeFuture<T>(pub(super) Arc<Mutex<Outcome<T>>>);
+struct OutcomeFuture<T>(Arc<Mutex<Outcome<T>>>);
 
 /// Work may have memory of a request ([`Target`](super::Target)): it is not left behind. Futures are
 /// dropped before their end only where a caller gives up as a whole.
