@@ -321,8 +321,6 @@ impl Engine for UringEngine {
 
     fn register(&mut self, file: &Arc<HostFile>) -> Result<EngineFile> {
         let fd = sys::require_os(file, self.name())?;
-        sys::clear_nonblocking(fd)
-            .map_err(|e| Error::from(e).operation("set file flags").path(file.path()))?;
         let index = self.files.insert(file);
         if self.writer.is_none()
             && self

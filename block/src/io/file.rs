@@ -19,6 +19,7 @@ use super::{
     Engine, EngineKind,
     file_options::{FileOptions, IoAlignment},
     fsinfo::{self, LockError},
+    sys,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -141,8 +142,7 @@ impl HostFile {
             )
             .path(path));
         }
-        // It was there so that opening never waits; I/O would fail with it on some file systems.
-        fsinfo::clear_nonblocking(&file)
+        sys::settle_flags(file.as_raw_fd())
             .map_err(|error| Error::from(error).operation("set flags").path(path))?;
         let alignment = if options.direct {
             fsinfo::direct_io_alignment(&file, &metadata)

@@ -274,19 +274,3 @@ pub(crate) fn open_beneath(folder: &Path, name: &Path, options: FileOptions) -> 
     // SAFETY: the call returned a new descriptor that nobody else owns.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
-
-/// Clears `O_NONBLOCK`.
-pub(crate) fn clear_nonblocking(file: &File) -> io::Result<()> {
-    // SAFETY: reads the flags of an open descriptor.
-    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: changes the flags of an open descriptor.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}

@@ -177,22 +177,31 @@ pub(crate) fn prefix(segments: &[Segment], unit: usize) -> &[Segment] {
     &segments[..if best == 0 { MAX_SEGMENTS } else { best }]
 }
 
-/// Clears `O_NONBLOCK`, which opening sets so that it never waits. io_uring reads it as the wish to
-/// have `EAGAIN` instead of waiting, wherever the file system cannot start reads without waiting.
-pub(crate) fn clear_nonblocking(fd: RawFd) -> io::Result<()> {
+/// Settles the flags of a file for I/O.
+///
+/// Clears `O_NONBLOCK`, which opening sets so that it never waits: io_uring reads it as the wish to have
+/// `EAGAIN` instead of waiting, wherever the file system cannot start reads without waiting. Sets
+/// `O_NOATIME`, because every read would look whether the access time is due; a file of another owner
+/// keeps it.
+pub(crate) fn settle_flags(fd: RawFd) -> io::Result<()> {
     // SAFETY: asks for a number.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
     if flags < 0 {
         return Err(io::Error::last_os_error());
     }
-    if flags & libc::O_NONBLOCK == 0 {
+    let blocking = flags & !libc::O_NONBLOCK;
+    match set_flags(fd, flags, blocking | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => set_flags(fd, flags, blocking),
+        result => result,
+    }
+}
+
+fn set_flags(fd: RawFd, now: i32, wanted: i32) -> io::Result<()> {
+    // SAFETY: takes plain numbers.
+    if now == wanted || unsafe { libc::fcntl(fd, libc::F_SETFL, wanted) } == 0 {
         return Ok(());
     }
-    // SAFETY: takes plain numbers.
-    if unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    Err(io::Error::last_os_error())
 }
 
 fn result(returned: isize) -> i32 {
