@@ -1,4 +1,5 @@
-//! The bare codec: what decompressing the clusters of an image costs with nothing around it.
+//! The bare codec: what decompressing the clusters of an image costs with nothing around it, or with
+//! nothing but a `pread` of each.
 
 use std::{fs::File, os::unix::fs::FileExt as _, path::Path};
 
@@ -12,7 +13,7 @@ use zstd::{bulk::Decompressor, zstd_safe::find_frame_compressed_size};
 /// The compressed clusters of an image, and a decompressor.
 pub(super) struct BareCodec {
     codec: Decompressor<'static>,
-    clusters: Vec<Vec<u8>>,
+    clusters: Clusters,
     cluster_size: u64,
     plain: Vec<u8>,
     work: Work,
@@ -20,10 +21,35 @@ pub(super) struct BareCodec {
     offset: u64,
 }
 
+/// Where compressed clusters come from.
+enum Clusters {
+    /// Memory.
+    Frames(Vec<Vec<u8>>),
+    /// The image, in which each has a place; and a buffer.
+    File(File, Vec<Place>, Vec<u8>),
+}
+
+/// Offset and length of a frame, in bytes.
+struct Place {
+    offset: u64,
+    len: usize,
+}
+
 impl BareCodec {
-    /// Reads every compressed cluster of a qcow2 image whose data is compressed by zstd.
-    pub(super) fn new(path: &Path, work: Work, pattern: Pattern) -> Result<Self> {
-        let (cluster_size, clusters) = compressed_clusters(&File::open(path)?)?;
+    /// All compressed clusters of a qcow2 image whose data is compressed by zstd; read now, or each when
+    /// it is wanted.
+    pub(super) fn new(path: &Path, work: Work, pattern: Pattern, read_each: bool) -> Result<Self> {
+        let file = File::open(path)?;
+        let (cluster_size, places) = compressed_clusters(&file)?;
+        let clusters = if read_each {
+            let longest = places.iter().map(|place| place.len).max();
+            Clusters::File(file, places, vec![0; longest.unwrap_or(0)])
+        } else {
+            let frames = places
+                .iter()
+                .map(|place| read(&file, place.offset, place.len));
+            Clusters::Frames(frames.collect::<Result<_>>()?)
+        };
         Ok(Self {
             codec: Decompressor::new()?,
             clusters,
@@ -34,6 +60,19 @@ impl BareCodec {
             offset: 0,
         })
     }
+
+    fn decompress(&mut self, number: usize) -> Result<()> {
+        let frame = match &mut self.clusters {
+            Clusters::Frames(frames) => &frames[number],
+            Clusters::File(file, places, buffer) => {
+                let place = &places[number];
+                file.read_exact_at(&mut buffer[..place.len], place.offset)?;
+                &buffer[..place.len]
+            }
+        };
+        self.codec.decompress_to_buffer(frame, &mut self.plain)?;
+        Ok(())
+    }
 }
 
 impl Load for BareCodec {
@@ -43,8 +82,7 @@ impl Load for BareCodec {
             let first = self.offset / self.cluster_size;
             let last = (self.offset + self.work.block - 1) / self.cluster_size;
             for number in first..=last {
-                let cluster = &self.clusters[usize::try_from(number)?];
-                self.codec.decompress_to_buffer(cluster, &mut self.plain)?;
+                self.decompress(usize::try_from(number)?)?;
             }
             self.offset = (self.offset + self.pattern.step) % self.work.size;
             ios += 1;
@@ -69,9 +107,9 @@ const TABLE: u64 = 0x00ff_ffff_ffff_fe00;
 /// Set in an L2 entry of a compressed cluster.
 const COMPRESSED: u64 = 1 << 62;
 
-/// The size of a cluster, and the frames of all clusters in the order of the disk; every one has to
+/// The size of a cluster, and where the frames of all clusters are in the order of the disk; every one has to
 /// be compressed (`docs/interop/qcow2`, "Compressed Clusters Descriptor").
-fn compressed_clusters(file: &File) -> Result<(u64, Vec<Vec<u8>>)> {
+fn compressed_clusters(file: &File) -> Result<(u64, Vec<Place>)> {
     let header = read(file, 0, 104)?;
     let cluster_bits = (word(&header, 16)? & 0xffff_ffff) as u32;
     let (size, l1_offset) = (word(&header, 24)?, word(&header, 40)?);
@@ -79,7 +117,7 @@ fn compressed_clusters(file: &File) -> Result<(u64, Vec<Vec<u8>>)> {
     let entries = cluster_size / 8;
     // The offset takes the lower bits, the number of further sectors those below bit 62.
     let offset_bits = 62 - (cluster_bits - 8);
-    let mut frames = Vec::new();
+    let mut places = Vec::new();
     let count = size.div_ceil(cluster_size);
     for table in 0..count.div_ceil(entries) {
         let l1_entry = word(&read(file, l1_offset + table * 8, 8)?, 0)?;
@@ -87,19 +125,18 @@ fn compressed_clusters(file: &File) -> Result<(u64, Vec<Vec<u8>>)> {
         for index in 0..entries.min(count - table * entries) {
             let entry = word(&l2, index as usize * 8)?;
             if entry & COMPRESSED == 0 {
-                return Err(format!("cluster {} is not compressed", frames.len()).into());
+                return Err(format!("cluster {} is not compressed", places.len()).into());
             }
             let offset = entry & ((1 << offset_bits) - 1);
             let sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
             let len = sectors * 512 - offset % 512;
             let end = file.metadata()?.len().min(offset + len);
-            let mut frame = read(file, offset, (end - offset) as usize)?;
+            let frame = read(file, offset, (end - offset) as usize)?;
             // What follows the frame is the next cluster's, or nothing.
-            let frame_len = find_frame_compressed_size(&frame)
-                .map_err(|_| format!("cluster {} holds no zstd frame", frames.len()))?;
-            frame.truncate(frame_len);
-            frames.push(frame);
+            let len = find_frame_compressed_size(&frame)
+                .map_err(|_| format!("cluster {} holds no zstd frame", places.len()))?;
+            places.push(Place { offset, len });
         }
     }
-    Ok((cluster_size, frames))
+    Ok((cluster_size, places))
 }

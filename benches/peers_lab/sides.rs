@@ -116,15 +116,16 @@ impl Lab {
         Fio::new(&path, work)
     }
 
-    /// The bare codec on the clusters of a compressed image.
+    /// The bare codec on the clusters of a compressed image, or with a `pread` of each.
     pub(crate) fn bare_codec(
         &self,
         codec: &'static str,
         work: Work,
         pattern: Pattern,
+        read_each: bool,
     ) -> Result<Box<dyn Side>> {
         let path = self.path(Set::Compressed(codec), work.direct)?;
-        let make = move || BareCodec::new(&path, work, pattern);
+        let make = move || BareCodec::new(&path, work, pattern, read_each);
         Ok(Box::new(OnThread::start(make)?))
     }
 

@@ -82,7 +82,7 @@ fn bar(area: &Area<'_>, entry: &Entry, y: i32) -> Result<()> {
     let color = match verdict {
         "met" => MET,
         "host-bound" => HOST_BOUND,
-        "missed" => MISSED,
+        missed if missed.starts_with("missed") => MISSED,
         _ => OTHER,
     };
     let label = match entry.score() {

@@ -151,6 +151,13 @@ fn number(value: &Value) -> Result<f64> {
     Ok(value.as_f64().ok_or("fio: a number is missing")?)
 }
 
+/// Processor time of the threads of a job, by its own count.
+fn own_time(job: &Value) -> Result<Duration> {
+    let percent = number(&job["usr_cpu"])? + number(&job["sys_cpu"])?;
+    let job_time = number(&job["job_runtime"])? / 1e3;
+    Ok(Duration::from_secs_f64(percent / 100.0 * job_time))
+}
+
 /// fio with its io_uring engine and reads at given places, from the first to the last.
 pub struct Replay {
     log: PathBuf,
@@ -179,7 +186,6 @@ impl Replay {
 
 impl Side for Replay {
     fn slice(&mut self, _length: Duration, _seed: u64) -> Result<Slice> {
-        let before = cpu::time(Of::Children);
         let mut command = Command::new("fio");
         command
             .args(["--name=replay", "--ioengine=io_uring", "--direct=1"])
@@ -191,8 +197,8 @@ impl Side for Replay {
             .arg(format!("--iodepth_batch_submit={}", self.depth))
             .arg(format!("--iodepth_batch_complete_max={}", self.depth));
         let report = launch(&mut command)?;
-        let cpu = cpu::time(Of::Children) - before;
         let job = &report["jobs"][0];
+        let cpu = own_time(job)?;
         let ios = number(&job["read"]["total_ios"])?;
         if number(&job["error"])? != 0.0 || ios == 0.0 {
             return Err("fio: the replay failed".into());
@@ -230,9 +236,7 @@ impl Side for Fio {
         if number(&job["error"])? != 0.0 {
             return Err("fio: the job failed".into());
         }
-        let percent = number(&job["usr_cpu"])? + number(&job["sys_cpu"])?;
-        let job_time = number(&job["job_runtime"])? / 1e3;
-        let thread_cpu = Duration::from_secs_f64(percent / 100.0 * job_time);
+        let thread_cpu = own_time(job)?;
         // What starting fio costs varies by more than a twentieth of a short slice. Its own count of its
         // threads is exact, and misses only workers of the kernel, which buffered writes have.
         let buffered_writes = self.work.direction == Direction::Write && !self.work.direct;

@@ -77,7 +77,7 @@ impl Judge {
 }
 
 /// The middle half of the ratios of accesses a second may be spread by this much for them to decide.
-const STEADY: f64 = 0.1;
+pub const STEADY: f64 = 0.1;
 
 /// Where the bar in accesses a second is missed: how much of the host's ceiling is enough.
 pub const OF_CEILING: f64 = 0.9;
@@ -161,6 +161,14 @@ pub struct Ceiling {
     pub iops: f64,
     /// Accesses a second, ours by it.
     pub ratio: Spread,
+    /// Median processor time of its operations for an access, in nanoseconds; a note.
+    pub cpu_ns: f64,
+    /// Accesses a second, its by the peer's.
+    pub peer_iops_ratio: Spread,
+    /// Processor time an access, its by the peer's.
+    pub peer_cpu_ratio: Spread,
+    /// Whether it meets the bars in our place.
+    pub met: bool,
 }
 
 /// A comparison.
@@ -267,7 +275,7 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
     ours.slice(plan.slice / 2, 0)?;
     peer.slice(plan.slice / 2, 0)?;
     let mut slices: Vec<(Slice, Slice)> = Vec::new();
-    let mut ceilings = Vec::new();
+    let mut hosts = Vec::new();
     for pair in 0..plan.pairs {
         let seed = 1 + pair as u64;
         let slice = if pair % 2 == 0 {
@@ -278,8 +286,7 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
             (ours.slice(plan.slice, seed)?, first)
         };
         if let Some(host) = &mut host {
-            let iops = host.side.slice(plan.slice, seed)?.iops() / host.operations;
-            ceilings.push((iops, slice.0.iops() / iops));
+            hosts.push(host.side.slice(plan.slice, seed)?);
         }
         slices.push(slice);
     }
@@ -287,11 +294,7 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
     let cpu = |slice: &Slice| slice.cpu_per_io(plan.with_workers);
     let iops_ratio = spread(&|(a, b)| a.iops() / b.iops());
     let cpu_ratio = spread(&|(a, b)| cpu(a) / cpu(b));
-    let ceiling = host.map(|host| Ceiling {
-        name: host.name.to_owned(),
-        iops: Spread::of(ceilings.iter().map(|(iops, _)| *iops).collect()).median,
-        ratio: Spread::of(ceilings.iter().map(|(_, ratio)| *ratio).collect()),
-    });
+    let ceiling = host.map(|host| ceiling(&host, &slices, &hosts, plan));
     let at_ceiling = ceiling.as_ref().map(|ceiling| &ceiling.ratio);
     let (judge, met) = plan.bars.judge(&iops_ratio, &cpu_ratio, at_ceiling);
     Ok(Row {
@@ -311,6 +314,31 @@ pub fn compare(contest: Contest<'_>, plan: Plan) -> Result<Row> {
         judge,
         met,
     })
+}
+
+/// What the host can do beside both sides of each pair.
+fn ceiling(host: &Host<'_>, slices: &[(Slice, Slice)], hosts: &[Slice], plan: Plan) -> Ceiling {
+    let iops = |slice: &Slice| slice.iops() / host.operations;
+    let cpu = |slice: &Slice| slice.cpu_per_io(plan.with_workers) * host.operations;
+    let spread = |of: &dyn Fn(&Slice, &(Slice, Slice)) -> f64| {
+        let each = hosts.iter().zip(slices).map(|(host, pair)| of(host, pair));
+        Spread::of(each.collect())
+    };
+    let peer_iops_ratio = spread(&|host, (_, peer)| iops(host) / peer.iops());
+    let peer_cpu_ratio = spread(&|host, (_, peer)| cpu(host) / peer.cpu_per_io(plan.with_workers));
+    let itself = Spread::of(vec![1.0]);
+    let (_, met) = plan
+        .bars
+        .judge(&peer_iops_ratio, &peer_cpu_ratio, Some(&itself));
+    Ceiling {
+        name: host.name.to_owned(),
+        iops: spread(&|host, _| iops(host)).median,
+        ratio: spread(&|host, (ours, _)| ours.iops() / iops(host)),
+        cpu_ns: spread(&|host, _| cpu(host)).median,
+        peer_iops_ratio,
+        peer_cpu_ratio,
+        met,
+    }
 }
 
 /// The head of the table that [`line()`] fills.
@@ -468,6 +496,22 @@ mod tests {
             row(bars, &mut Steady(95, cpu), &mut Steady(80, 1000), Some(200))
         };
         assert!(row(600).met && !row(650).met);
+    }
+
+    #[test]
+    fn the_host_is_judged_in_our_place() {
+        // Its 220 operations a second are 110 accesses of 2000 ns.
+        let row = |peer, cpu| {
+            let bars = Bars::rate(2.0);
+            let mut peer = Steady(peer, cpu);
+            let row = row(bars, &mut Steady(100, 9000), &mut peer, Some(220));
+            row.ceiling.unwrap()
+        };
+        let near = row(100, 2800);
+        assert!((near.peer_iops_ratio.median - 1.1).abs() < 1e-9);
+        assert!((near.peer_cpu_ratio.median - 2000.0 / 2800.0).abs() < 1e-9);
+        assert!(!near.met, "neither the rate nor 0.7 of the processor time");
+        assert!(row(100, 2900).met && row(55, 2000).met);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use crate::report::{HOST_BOUND_CPU, Judge, OF_CEILING, Row, Spread};
+use crate::report::{Ceiling, HOST_BOUND_CPU, Judge, OF_CEILING, Row, Spread};
 
 /// A bar, and of what.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -170,6 +170,8 @@ pub struct Entry {
     pub decided_by: String,
     /// Whether all its bars are met.
     pub met: bool,
+    /// Whether what the host can do was measured, and misses the bars too.
+    pub host_misses: bool,
     /// Why nothing was measured.
     pub failed: Option<String>,
 }
@@ -191,6 +193,7 @@ impl Entry {
             decided_by: decided_by.join(", "),
             met: measures.iter().all(|measure| measure.met != Some(false)),
             measures,
+            host_misses: false,
             failed: None,
         }
     }
@@ -247,6 +250,7 @@ impl Entry {
             (None, _, true) => "note",
             (None, true, _) if self.decided_by.starts_with(Judge::HostBound.name()) => "host-bound",
             (None, true, _) => "met",
+            (None, false, _) if self.host_misses => "missed, by the host too",
             (None, false, _) => "missed",
         }
     }
@@ -296,15 +300,6 @@ impl From<Row> for Entry {
             row.peer_cpu_ns / 1e3,
             row.cpu_ratio,
         );
-        let ceiling = row.ceiling.as_ref().map(|ceiling| {
-            let what = format!("kIOPS of the host, {}", ceiling.name);
-            measure(
-                &what,
-                row.ours_iops / 1e3,
-                ceiling.iops / 1e3,
-                ceiling.ratio,
-            )
-        });
         let mut limits = Vec::from_iter(row.bars.cpu);
         match (row.judge, row.bars.rate) {
             (Judge::HostBound, _) => limits.push(HOST_BOUND_CPU),
@@ -317,18 +312,49 @@ impl From<Row> for Entry {
         if let Some(most) = limits.into_iter().min_by(f64::total_cmp) {
             cpu = cpu.bar(Bar::RatioAtMost(most));
         }
-        let ceiling = ceiling.map(|ceiling| match row.judge {
-            Judge::HostBound => ceiling.bar(Bar::RatioAtLeast(OF_CEILING)),
-            _ => ceiling,
-        });
-        let measures = [rate, cpu].into_iter().chain(ceiling).collect();
+        let mut measures = vec![rate, cpu];
+        measures.extend(
+            row.ceiling
+                .as_ref()
+                .map_or_else(Vec::new, |ceiling| of_ceiling(&row, ceiling)),
+        );
         let sides = (row.ours.as_str(), row.peer.as_str());
         Self {
             decided_by: row.judge.name().to_owned(),
             met: row.met,
+            host_misses: row.ceiling.as_ref().is_some_and(|ceiling| !ceiling.met),
             ..Self::new(&row.name, sides, row.pairs, measures)
         }
     }
+}
+
+/// What the host can do, beside ours and beside the peer.
+fn of_ceiling(row: &Row, ceiling: &Ceiling) -> Vec<Measure> {
+    let measure = |what: &str, ours: f64, peer: f64, ratio| Measure {
+        ratio: Some(ratio),
+        ..Measure::note(&format!("{what}, {}", ceiling.name), ours, Some(peer))
+    };
+    let (ours, host, peer) = (row.ours_iops / 1e3, ceiling.iops / 1e3, row.peer_iops / 1e3);
+    let mut reached = measure("kIOPS of the host", ours, host, ceiling.ratio);
+    if row.judge == Judge::HostBound {
+        reached = reached.bar(Bar::RatioAtLeast(OF_CEILING));
+    }
+    let cpu = (ceiling.cpu_ns / 1e3, row.peer_cpu_ns / 1e3);
+    vec![
+        reached,
+        measure(
+            "kIOPS of the host in our place",
+            host,
+            peer,
+            ceiling.peer_iops_ratio,
+        ),
+        measure(
+            "CPU us/IO of the host in our place",
+            cpu.0,
+            cpu.1,
+            ceiling.peer_cpu_ratio,
+        ),
+    ]
 }
 
 /// The head of the table of [`Entry::lines`].
@@ -343,12 +369,13 @@ pub fn summary(entries: &[Entry]) -> String {
         let of = entries.iter().filter(|entry| entry.verdict() == verdict);
         of.count()
     };
+    let too = count("missed, by the host too");
     format!(
-        "{} rows: {} met, {} host-bound, {} missed, {} without a bar, {} failed.",
+        "{} rows: {} met, {} host-bound, {} missed ({too} of them by the host too), {} without a bar, {} failed.",
         entries.len(),
         count("met"),
         count("host-bound"),
-        count("missed"),
+        count("missed") + too,
         count("note"),
         count("failed")
     )
@@ -453,7 +480,7 @@ mod tests {
         );
         assert_eq!(
             summary(&[entry]),
-            "1 rows: 0 met, 0 host-bound, 0 missed, 0 without a bar, 1 failed."
+            "1 rows: 0 met, 0 host-bound, 0 missed (0 of them by the host too), 0 without a bar, 1 failed."
         );
     }
 

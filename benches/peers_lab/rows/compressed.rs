@@ -35,9 +35,15 @@ pub(super) fn add(rows: &mut Rows) {
                 let mut entry = bench.compare(name, bars, sides)?;
                 if beside_codec {
                     let mut ours = bench.lab.strided(image, work, pattern)?;
-                    let mut codec = bench.lab.bare_codec(codec, work, pattern)?;
-                    let measure = processor_time(bench, &mut *ours, &mut *codec)?;
+                    let mut bare = bench.lab.bare_codec(codec, work, pattern, false)?;
+                    let mut reading = bench.lab.bare_codec(codec, work, pattern, true)?;
+                    let beside = |what, side: &mut dyn Side, peer: &mut dyn Side| {
+                        processor_time(bench, &format!("CPU us/IO{what}"), side, peer)
+                    };
+                    let measure = beside(", peer: the bare codec", &mut *ours, &mut *bare)?;
                     entry.push(measure.bar(Bar::RatioAtMost(OF_CODEC)));
+                    let least = " of pread and codec, peer: the bare codec";
+                    entry.push(beside(least, &mut *reading, &mut *bare)?);
                 }
                 Ok(entry)
             });
@@ -46,7 +52,12 @@ pub(super) fn add(rows: &mut Rows) {
 }
 
 /// Processor time beside that of the bare codec.
-fn processor_time(bench: &Bench, ours: &mut dyn Side, codec: &mut dyn Side) -> Result<Measure> {
+fn processor_time(
+    bench: &Bench,
+    what: &str,
+    ours: &mut dyn Side,
+    codec: &mut dyn Side,
+) -> Result<Measure> {
     ours.slice(bench.slice / 2, 0)?;
     codec.slice(bench.slice / 2, 0)?;
     let slice = |side: &mut dyn Side, seed| -> Result<f64> {
@@ -57,5 +68,5 @@ fn processor_time(bench: &Bench, ours: &mut dyn Side, codec: &mut dyn Side) -> R
         |seed| slice(ours, seed),
         |seed| slice(codec, seed),
     )?;
-    Ok(Measure::of_pairs("CPU us/IO, peer: the bare codec", &pairs))
+    Ok(Measure::of_pairs(what, &pairs))
 }
