@@ -403,6 +403,11 @@ impl Io {
         error.map_or(Ok(()), Err)
     }
 
+    /// Whether there are rules for a file.
+    pub(crate) fn has_faults(&self, file: FileId) -> bool {
+        self.faults_of(file).is_some()
+    }
+
     /// The rules for a file: only the image's own, which is the first, and its data file have any.
     fn faults_of(&self, file: FileId) -> Option<&Faults> {
         let places = &self.core.faults;

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -137,6 +138,44 @@ fn many_reads_at_once_have_their_data() {
                         None => pages[id].bytes(len),
                     };
                     assert!(found == data[start..start + len], "{codec} {start} {len}");
+                }
+            }
+        }
+    }
+}
+
+/// Takes a part of a file out of memory, or all of it.
+fn evict(path: &Path, start: usize, len: usize) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    let (start, len) = (start as i64, len as i64);
+    // SAFETY: the call takes a descriptor and numbers.
+    let result =
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), start, len, libc::POSIX_FADV_DONTNEED) };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn what_is_not_in_memory_is_read_all_the_same() {
+    let dir = scratch();
+    let data = noise(3);
+    for codec in ["zlib", "zstd"] {
+        let path = compressed(dir.path(), "disk", codec, &data);
+        let middle = fs::metadata(&path).unwrap().len() as usize / 2;
+        for (start, len) in [(0, 0), (middle, 4 * CLUSTER), (0, middle)] {
+            let disk = OpenOptions::new().open(&path).unwrap();
+            let mut io = disk.create_async_io(8).unwrap();
+            evict(&path, start, len);
+            for (id, at) in (0..data.len()).step_by(CLUSTER).enumerate() {
+                let buffers = Buffers::owned(AlignedBuf::zeroed(PAGE));
+                read(&mut *io, id as u64, at + PAGE, buffers);
+                if id % 8 == 7 {
+                    for done in finish(&mut *io) {
+                        assert_eq!(done.result, Ok(()));
+                        let found = done.buffers.and_then(Buffers::into_owned).unwrap();
+                        let at = done.id as usize * CLUSTER + PAGE;
+                        assert!(found[..] == data[at..at + PAGE], "{codec} {at}");
+                    }
                 }
             }
         }

@@ -56,7 +56,8 @@ impl Io {
         let reporter = Reporter(Arc::clone(&shared));
         let work = move || reporter.report(Outcome::Done(work()));
         let pool = &self.core.pool;
-        let helper = is_short.then(|| self.driver.helps(pool));
+        let may_help = is_short && !self.driver.is_notifying();
+        let helper = may_help.then(|| self.driver.helps(pool));
         pool.execute(Box::new(work), helper);
         OutcomeFuture(shared).await
     }

@@ -21,7 +21,7 @@ use std::{
 use super::{
     AlignedBuf, Engine, EngineFile, MemoryRegions, Started, Token,
     operation::{NewOp, Op, Owner, RequestSink, Transfer},
-    pool::{Helper, Pool},
+    pool::{Helper, Helping, Pool},
     slab::{Key, Slab},
     wake::{CURRENT, RootWaker, TaskWaker, WakeQueue},
 };
@@ -55,7 +55,7 @@ pub(crate) struct Driver {
     woken: RefCell<Vec<Key>>,
     queues: RefCell<Slab<Weak<dyn RequestSink>>>,
     /// A pool that may have short work of this driver's, and whether there is one.
-    helped: RefCell<Option<Pool>>,
+    helped: RefCell<Option<Helping>>,
     has_short_work: Cell<bool>,
     /// What the engine has registered stays mapped. Dropped after the engine.
     memory: RefCell<Option<MemoryRegions>>,
@@ -448,7 +448,7 @@ impl Driver {
     pub(crate) fn helps(&self, pool: &Pool) -> Helper {
         let mut helped = self.helped.borrow_mut();
         if helped.is_none() {
-            *helped = Some(pool.clone());
+            *helped = Some(pool.help(self.as_helper()));
             self.has_short_work.set(true);
         }
         self.as_helper()
@@ -467,9 +467,7 @@ impl Driver {
     #[cold]
     fn help_now(&self) -> bool {
         let mut helped = self.helped.borrow_mut();
-        let job = helped
-            .as_ref()
-            .and_then(|pool| pool.job_for(self.as_helper()));
+        let job = helped.as_ref().and_then(Helping::job);
         let Some(job) = job else {
             *helped = None;
             self.has_short_work.set(false);

@@ -13,6 +13,7 @@ use super::{
     core::{DiskCore, FileEntry},
     driver::Driver,
     operation::{Eof, NewOp, OpKind},
+    pace::Pace,
     pins::QueuePins,
     spare::SpareBuffers,
 };
@@ -36,6 +37,7 @@ pub struct Io {
     pub(crate) pins: QueuePins,
     pub(crate) cache: RefCell<MapCache>,
     pub(crate) spare: SpareBuffers,
+    pub(super) cached_pace: RefCell<Pace>,
     files: RefCell<Vec<OpenFile>>,
 }
 
@@ -55,6 +57,7 @@ impl Io {
             pins: core.pins.register(),
             cache: RefCell::default(),
             spare: SpareBuffers::default(),
+            cached_pace: RefCell::default(),
             files: RefCell::default(),
         };
         io.open_files(core.file_count())?;

@@ -6,6 +6,7 @@ mod async_io;
 mod blocking;
 mod buffers;
 mod busy;
+mod cached;
 mod context;
 mod core;
 mod driver;

@@ -18,6 +18,12 @@ type Work = Box<dyn FnOnce() + Send>;
 /// Who may do a job besides the pool: the address of something that lives as long.
 pub(crate) type Helper = usize;
 
+/// A thread that does jobs of its own besides the pool. As long as it does, the pool needs a thread less.
+pub(crate) struct Helping {
+    pool: Pool,
+    helper: Helper,
+}
+
 /// Work that waits.
 pub(crate) struct Job {
     work: Work,
@@ -36,18 +42,43 @@ pub struct Pool {
 
 /// What the threads take from. A job wakes one of them at most: with a channel behind a lock the one
 /// that takes a job wakes the next, only for it to wait.
-#[derive(Default)]
 struct Queue {
     jobs: Mutex<Jobs>,
-    added: Condvar,
+    called: Condvar,
 }
 
-#[derive(Default)]
+/// Jobs, and who is at them.
 struct Jobs {
     waiting: VecDeque<Job>,
-    /// Threads that wait for one. Only then is there anybody to wake, which is a system call.
+    /// Threads of the pool that do a job or are called for one, and those that wait for a call.
+    busy: usize,
     idle: usize,
+    /// Calls that no thread has heard yet.
+    calls: usize,
+    /// Threads outside the pool that do jobs.
+    helpers: usize,
+    processors: usize,
     ended: bool,
+}
+
+impl Jobs {
+    /// Whether to call a thread for a job that waits; it counts as called then. With a helper, more threads
+    /// than processors would only take turns, so a job that it may do can wait. One thread is always at it.
+    fn call(&mut self, can_wait: bool) -> bool {
+        let crowded = self.busy + self.helpers >= self.processors;
+        let needless = can_wait && self.helpers > 0 && self.busy > 0 && crowded;
+        let wanted = self.waiting.len() > self.calls && self.idle > 0 && !needless;
+        if wanted {
+            self.idle -= 1;
+            self.busy += 1;
+            self.calls += 1;
+        }
+        wanted
+    }
+}
+
+fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The last one to go ends the threads.
@@ -56,7 +87,7 @@ struct Handle(Arc<Queue>);
 impl Drop for Handle {
     fn drop(&mut self) {
         lock(&self.0.jobs).ended = true;
-        self.0.added.notify_all();
+        self.0.called.notify_all();
     }
 }
 
@@ -72,8 +103,24 @@ impl Pool {
     /// # Errors
     /// When the host refuses to start a thread.
     pub fn new(threads: usize) -> io::Result<Self> {
+        Self::beside_helpers(threads, processors())
+    }
+
+    /// A pool that takes care not to have more threads than processors work, those of helpers included.
+    fn beside_helpers(threads: usize, processors: usize) -> io::Result<Self> {
         let threads = threads.max(1);
-        let queue = Arc::new(Queue::default());
+        let queue = Arc::new(Queue {
+            jobs: Mutex::new(Jobs {
+                waiting: VecDeque::new(),
+                busy: threads,
+                idle: 0,
+                calls: 0,
+                helpers: 0,
+                processors,
+                ended: false,
+            }),
+            called: Condvar::new(),
+        });
         // Made first, so that a failure ends the threads that were started.
         let handle = Arc::new(Handle(Arc::clone(&queue)));
         for index in 0..threads {
@@ -95,8 +142,7 @@ impl Pool {
         if let Some(pool) = &*global {
             return Ok(pool.clone());
         }
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        let pool = Self::new(threads.min(DEFAULT_MAX_THREADS))?;
+        let pool = Self::new(processors().min(DEFAULT_MAX_THREADS))?;
         *global = Some(pool.clone());
         Ok(pool)
     }
@@ -107,27 +153,51 @@ impl Pool {
         self.threads
     }
 
-    /// Queues work. A panic in it ends the work, not the thread. A helper [may do](Self::job_for) it too.
+    /// Queues work. A panic in it ends the work, not the thread. A helper [may do](Helping::job) it too.
     pub(crate) fn execute(&self, work: Work, helper: Option<Helper>) {
         let queue = &self.handle.0;
         let mut jobs = lock(&queue.jobs);
         jobs.waiting.push_back(Job { work, helper });
-        let wake = jobs.idle > 0;
+        let call = jobs.call(helper.is_some());
         drop(jobs);
-        if wake {
-            queue.added.notify_one();
+        if call {
+            queue.called.notify_one();
         }
     }
 
-    /// One of the helper's jobs that no thread is free for.
-    pub(crate) fn job_for(&self, helper: Helper) -> Option<Job> {
-        let mut jobs = lock(&self.handle.0.jobs);
-        if jobs.waiting.len() <= jobs.idle {
+    /// From now on a thread does jobs of its own.
+    pub(crate) fn help(&self, helper: Helper) -> Helping {
+        lock(&self.handle.0.jobs).helpers += 1;
+        Helping {
+            pool: self.clone(),
+            helper,
+        }
+    }
+}
+
+impl Helping {
+    /// One of the helper's jobs that no thread is on its way for.
+    pub(crate) fn job(&self) -> Option<Job> {
+        let mut jobs = lock(&self.pool.handle.0.jobs);
+        if jobs.waiting.len() <= jobs.calls {
             return None;
         }
-        let own = |job: &Job| job.helper == Some(helper);
+        let own = |job: &Job| job.helper == Some(self.helper);
         let place = jobs.waiting.iter().position(own)?;
         jobs.waiting.remove(place)
+    }
+}
+
+impl Drop for Helping {
+    fn drop(&mut self) {
+        let queue = &self.pool.handle.0;
+        let mut jobs = lock(&queue.jobs);
+        jobs.helpers -= 1;
+        let call = jobs.call(true);
+        drop(jobs);
+        if call {
+            queue.called.notify_one();
+        }
     }
 }
 
@@ -151,10 +221,12 @@ impl Queue {
             if jobs.ended {
                 return None;
             }
+            jobs.busy -= 1;
             jobs.idle += 1;
-            let woken = self.added.wait(jobs);
+            let uncalled = |jobs: &mut Jobs| jobs.calls == 0 && !jobs.ended;
+            let woken = self.called.wait_while(jobs, uncalled);
             jobs = woken.unwrap_or_else(PoisonError::into_inner);
-            jobs.idle -= 1;
+            jobs.calls = jobs.calls.saturating_sub(1);
         }
     }
 }
@@ -209,16 +281,23 @@ mod tests {
         }
     }
 
+    /// A job that says that it began, and waits for a word; and the ends of both.
+    fn blocked() -> (Work, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let (began, started) = mpsc::channel();
+        let (go, gate) = mpsc::channel::<()>();
+        let work = move || {
+            began.send(()).unwrap();
+            let _ = gate.recv();
+        };
+        (Box::new(work), started, go)
+    }
+
     #[test]
     fn a_helper_does_its_own_jobs_that_no_thread_is_free_for() {
         let pool = Pool::new(1).unwrap();
-        let (busy, started) = mpsc::channel();
-        let (go, gate) = mpsc::channel::<()>();
-        let blocked = move || {
-            busy.send(()).unwrap();
-            gate.recv().unwrap();
-        };
-        pool.execute(Box::new(blocked), Some(1));
+        let helping = pool.help(1);
+        let (work, started, go) = blocked();
+        pool.execute(work, Some(1));
         started.recv().unwrap();
         let (sender, ended) = mpsc::channel();
         for (number, helper) in [(0, None), (1, Some(2)), (2, Some(1)), (3, Some(1))] {
@@ -226,17 +305,70 @@ mod tests {
             let work = move || sender.send((number, thread::current().id())).unwrap();
             pool.execute(Box::new(work), helper);
         }
-        pool.job_for(1).unwrap().run();
-        pool.job_for(1).unwrap().run();
-        assert!(pool.job_for(1).is_none());
+        helping.job().unwrap().run();
+        helping.job().unwrap().run();
+        assert!(helping.job().is_none());
         let here = thread::current().id();
         assert_eq!(ended.try_iter().collect::<Vec<_>>(), [(2, here), (3, here)]);
         go.send(()).unwrap();
-        drop((pool, sender));
+        drop((helping, pool, sender));
         let others: Vec<_> = ended
             .iter()
             .map(|(number, by)| (number, by == here))
             .collect();
         assert_eq!(others, [(0, false), (1, false)]);
+    }
+
+    #[test]
+    fn with_a_helper_no_more_threads_work_than_there_are_processors() {
+        let pool = Pool::beside_helpers(2, 2).unwrap();
+        let jobs = || lock(&pool.handle.0.jobs);
+        while jobs().idle < 2 {
+            thread::yield_now();
+        }
+        let helping = pool.help(1);
+        let (work, started, go) = blocked();
+        pool.execute(work, Some(1));
+        started.recv().expect("the first job always has a thread");
+        let (short, short_started, go_short) = blocked();
+        pool.execute(short, Some(1));
+        assert_eq!(jobs().busy, 1, "the helper's");
+        let (long, long_started, go_long) = blocked();
+        pool.execute(long, None);
+        short_started
+            .recv()
+            .expect("a job that nobody else may do has a thread called");
+        assert_eq!(jobs().busy, 2);
+        go_short.send(()).unwrap();
+        long_started.recv().unwrap();
+        let (last, last_started, _) = blocked();
+        go_long.send(()).unwrap();
+        while jobs().busy > 1 {
+            thread::yield_now();
+        }
+        pool.execute(last, Some(1));
+        assert_eq!(jobs().calls, 0);
+        drop(helping);
+        last_started.recv().expect("the helper is gone");
+        go.send(()).unwrap();
+    }
+
+    #[test]
+    fn a_helper_takes_no_job_that_a_thread_was_called_for() {
+        let pool = Pool::beside_helpers(1, 2).unwrap();
+        while lock(&pool.handle.0.jobs).idle < 1 {
+            thread::yield_now();
+        }
+        let helping = pool.help(1);
+        let mut jobs = lock(&pool.handle.0.jobs);
+        jobs.waiting.push_back(Job {
+            work: Box::new(|| ()),
+            helper: Some(1),
+        });
+        assert!(jobs.call(true));
+        // As if the thread that was called had not looked yet.
+        jobs.calls += 1;
+        drop(jobs);
+        assert!(helping.job().is_none());
     }
 }

@@ -231,29 +231,73 @@ impl Decompressed {
         let start = keys.clone().map(|key| key.offset).min().unwrap_or(0);
         let end = keys.map(Compressed::end).max().unwrap_or(0);
         let len = usize::try_from(end - start).map_err(|_| Error::new(ErrorKind::OutOfRange))?;
-        let (input, lead) = io
-            .read_padded_into(file, start, len, |span| {
-                io.spare.take(span.next_multiple_of(self.cluster_size))
-            })
-            .await?;
-        let codec = self.codec;
         let is_short = clusters.len() * self.cluster_size <= SHORT_BYTES;
-        let work = move || {
-            let each = clusters.into_iter().map(|(key, make)| {
-                let at = lead + (key.offset - start) as usize;
-                let data = &input[at..at + key.len as usize];
-                make(&|output| codec.decompress(data, output))
-                    .map_err(|error| error.offset(key.offset))
-            });
-            let result = each.collect();
-            (input, result)
+        let mut batch = Batch {
+            codec: self.codec,
+            start,
+            clusters,
         };
-        let (input, result) = match is_short {
-            true => io.run_short(work).await?,
-            false => io.run(work).await?,
-        };
+        let size = |span: usize| span.next_multiple_of(self.cluster_size);
+        if let Some(cached) = io.cached_file(file) {
+            let mut input = io.spare.take(size(len));
+            let work = move || match cached.try_read(start, &mut input[..len]) {
+                true => Ok(batch.run(input, 0)),
+                false => Err((input, batch)),
+            };
+            let tried = run(io, is_short, work).await?;
+            io.cached_read_went(tried.is_ok());
+            match tried {
+                Ok((input, result)) => {
+                    io.spare.keep(input);
+                    return result;
+                }
+                Err((input, untouched)) => {
+                    io.spare.keep(input);
+                    batch = untouched;
+                }
+            }
+        }
+        let take = |span| io.spare.take(size(span));
+        let (input, lead) = io.read_padded_into(file, start, len, take).await?;
+        let (input, result) = run(io, is_short, move || batch.run(input, lead)).await?;
         io.spare.keep(input);
         result
+    }
+}
+
+/// Clusters that lie behind each other in the file, and what takes the content of each.
+struct Batch<M> {
+    codec: Codec,
+    start: u64,
+    clusters: Vec<(Compressed, M)>,
+}
+
+impl<M> Batch<M> {
+    /// Decompresses them; their data begins at `lead` of `input`, which it gives back.
+    fn run<T>(self, input: AlignedBuf, lead: usize) -> (AlignedBuf, Result<Vec<T>>)
+    where
+        M: FnOnce(Fill<'_>) -> Result<T>,
+    {
+        let each = self.clusters.into_iter().map(|(key, make)| {
+            let at = lead + (key.offset - self.start) as usize;
+            let data = &input[at..at + key.len as usize];
+            make(&|output| self.codec.decompress(data, output))
+                .map_err(|error| error.offset(key.offset))
+        });
+        let result = each.collect();
+        (input, result)
+    }
+}
+
+/// Runs work on the pool, or on this thread if it is short and no other is free.
+async fn run<T, F>(io: &Io, is_short: bool, work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    match is_short {
+        true => io.run_short(work).await,
+        false => io.run(work).await,
     }
 }
 
