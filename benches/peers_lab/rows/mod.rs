@@ -117,7 +117,18 @@ impl Bench {
         }
     }
 
-    fn compare(&self, name: &str, bars: Bars, mut sides: Sides) -> Result<Entry> {
+    fn compare(&self, name: &str, bars: Bars, sides: Sides) -> Result<Entry> {
+        self.compare_in(self.slice, name, bars, sides)
+    }
+
+    /// With slices of another length.
+    fn compare_in(
+        &self,
+        slice: Duration,
+        name: &str,
+        bars: Bars,
+        mut sides: Sides,
+    ) -> Result<Entry> {
         let contest = Contest {
             name,
             ours: (sides.ours.0, &mut *sides.ours.1),
@@ -130,7 +141,7 @@ impl Bench {
         };
         let plan = Plan {
             pairs: self.pairs,
-            slice: self.slice,
+            slice,
             with_workers: true,
             bars,
         };

@@ -10,7 +10,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -65,6 +65,7 @@ pub struct HostFile {
     block_device: bool,
     alignment: IoAlignment,
     locked: AtomicBool,
+    writers: Mutex<()>,
 }
 
 impl Drop for HostFile {
@@ -157,6 +158,7 @@ impl HostFile {
             block_device,
             alignment,
             locked: AtomicBool::new(false),
+            writers: Mutex::default(),
         })
     }
 
@@ -176,6 +178,7 @@ impl HostFile {
             block_device: false,
             alignment,
             locked: AtomicBool::new(false),
+            writers: Mutex::default(),
         }
     }
 
@@ -198,6 +201,11 @@ impl HostFile {
             Backend::Os(file) => Some(file.as_raw_fd()),
             Backend::Simulated(_) => None,
         }
+    }
+
+    /// Whose turn it is, of the threads that write through the page cache.
+    pub(super) fn writers(&self) -> &Mutex<()> {
+        &self.writers
     }
 
     /// Whether it was opened for writing.

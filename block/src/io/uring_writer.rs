@@ -3,7 +3,8 @@
 //!
 //! The ring would hand each such write to a worker of the kernel: a wake-up, a lock and a cold cache
 //! for every 4 KiB. This thread takes all writes of a batch at once and does them one after the
-//! other, as the lock of the inode would have it anyway, and tells of several with one wake-up.
+//! other, as the lock of the inode would have it anyway, and tells of several with one wake-up. Such
+//! threads of several queues take turns: waiting for each other in the kernel, they would spin.
 //!
 //! A short write that is alone, with nothing else in flight, is done at once by the thread that has
 //! it: handing it over costs two wake-ups, and there is nothing it could hold up but what comes
@@ -12,7 +13,6 @@
 
 use std::{
     io,
-    os::fd::RawFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -22,7 +22,7 @@ use std::{
 };
 
 use super::{
-    Segment,
+    HostFile, Segment,
     pace::Pace,
     sys::{self, Notifier},
 };
@@ -41,7 +41,7 @@ const LONE_TIME: Duration = Duration::from_micros(250);
 #[derive(Debug)]
 pub(super) struct Write {
     pub(super) slot: u32,
-    pub(super) fd: RawFd,
+    pub(super) file: Arc<HostFile>,
     pub(super) unit: usize,
     pub(super) offset: u64,
     pub(super) segments: *const [Segment],
@@ -59,10 +59,11 @@ impl Write {
     }
 
     fn perform(&self) -> i32 {
+        let fd = self.file.raw_fd().unwrap_or(-1);
         // SAFETY: they are kept until the result was taken, which `perform` makes.
         let segments = unsafe { &*self.segments };
         // SAFETY: as above.
-        unsafe { sys::pwritev(self.fd, segments, self.unit, self.offset, false) }
+        unsafe { sys::pwritev(fd, segments, self.unit, self.offset, false) }
     }
 }
 
@@ -116,15 +117,14 @@ impl Shared {
         let mut writes = Vec::with_capacity(depth);
         let mut results = Vec::with_capacity(TOLD_TOGETHER);
         while self.next(&mut writes) {
-            for write in writes.drain(..) {
-                results.push((write.slot, write.perform()));
-                if results.len() == TOLD_TOGETHER {
-                    self.tell(&mut results);
+            for some in writes.chunks(TOLD_TOGETHER) {
+                for of_one_file in some.chunk_by(|one, next| Arc::ptr_eq(&one.file, &next.file)) {
+                    let _turn = lock(of_one_file[0].file.writers());
+                    results.extend(of_one_file.iter().map(|one| (one.slot, one.perform())));
                 }
-            }
-            if !results.is_empty() {
                 self.tell(&mut results);
             }
+            writes.clear();
         }
     }
 }
@@ -181,9 +181,13 @@ impl Writer {
         if !alone || write.len() > LONE_BYTES || !self.pace.allows() {
             return false;
         }
+        let Ok(turn) = write.file.writers().try_lock() else {
+            return false;
+        };
         let start = Instant::now();
         let result = (write.slot, write.perform());
         self.pace.went(start.elapsed() <= LONE_TIME);
+        drop(turn);
         self.held.clear();
         lock(&self.shared.results).push(result);
         self.shared.told.store(true, Ordering::Release);

@@ -1,11 +1,11 @@
 //! What an io_uring engine does beside its ring: writes that the file system cannot try, by a thread,
 //! and page-cached reads that are alone, at once.
 
-use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use super::UringEngine;
 use crate::io::{
-    HostOp, Started, Token,
+    HostFile, HostOp, Started, Token,
     uring_entry::{Kind, Target, read_entry},
     uring_lone::Lone,
     uring_writer::{Write, Writer},
@@ -94,7 +94,7 @@ impl UringEngine {
         &mut self,
         token: Token,
         op: &HostOp<'_>,
-        fd: RawFd,
+        file: Arc<HostFile>,
         unit: usize,
     ) -> Started {
         let (
@@ -111,7 +111,7 @@ impl UringEngine {
         };
         let write = Write {
             slot: index,
-            fd,
+            file,
             unit,
             offset,
             segments,
