@@ -371,9 +371,8 @@ impl Engine for UringEngine {
                     return Started::Done(unsafe { sys::perform(&self.files, &op) });
                 }
                 Some(known) if known.waits_to_write && is_plain_write(&op) => {
-                    let (file, unit) = (Arc::clone(&known.file), known.unit);
                     // SAFETY: the caller keeps segments and memory.
-                    return unsafe { self.start_on_writer(token, &op, file, unit) };
+                    return unsafe { self.start_on_writer(token, &op) };
                 }
                 Some(known) if self.fixed.get(file.0 as usize) == Some(&true) => Target {
                     fd: file.0 as RawFd,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::UringEngine;
 use crate::io::{
-    HostFile, HostOp, Started, Token,
+    HostOp, Started, Token,
     uring_entry::{Kind, Target, read_entry},
     uring_lone::Lone,
     uring_writer::{Write, Writer},
@@ -90,29 +90,26 @@ impl UringEngine {
     ///
     /// # Safety
     /// As for [`Engine::start`].
-    pub(super) unsafe fn start_on_writer(
-        &mut self,
-        token: Token,
-        op: &HostOp<'_>,
-        file: Arc<HostFile>,
-        unit: usize,
-    ) -> Started {
-        let (
-            Some(writer),
-            HostOp::Write {
-                offset, segments, ..
-            },
-        ) = (&mut self.writer, *op)
+    pub(super) unsafe fn start_on_writer(&mut self, token: Token, op: &HostOp<'_>) -> Started {
+        let HostOp::Write {
+            file,
+            offset,
+            segments,
+            ..
+        } = *op
         else {
             return Started::Done(-libc::EINVAL);
+        };
+        let (Some(writer), Some(known)) = (&mut self.writer, self.files.get(file)) else {
+            return Started::Done(-libc::EBADF);
         };
         let Some(index) = self.free.pop() else {
             return Started::Full;
         };
         let write = Write {
             slot: index,
-            file,
-            unit,
+            file: Arc::clone(&known.file),
+            unit: known.unit,
             offset,
             segments,
         };
