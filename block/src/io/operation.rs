@@ -104,6 +104,7 @@ impl Op {
     }
 
     /// [`renew`](Self::renew) for a transfer: field by field, since copies of what was just written wait for it.
+    #[inline]
     pub(super) fn renew_transfer(&mut self, transfer: &Transfer<'_>, owner: Owner) {
         self.new.kind = transfer.kind;
         self.new.file = transfer.file;
@@ -153,6 +154,7 @@ impl Op {
     }
 
     /// Takes an engine's result into account; `None` when the operation must go on.
+    #[inline]
     pub(super) fn advance(&mut self, raw: i32) -> Option<Result<(), ErrorKind>> {
         let Ok(moved) = u32::try_from(raw) else {
             let errno = raw.wrapping_neg();
