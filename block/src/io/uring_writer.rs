@@ -4,7 +4,8 @@
 //! The ring would hand each such write to a worker of the kernel: a wake-up, a lock and a cold cache
 //! for every 4 KiB. This thread takes all writes of a batch at once and does them one after the
 //! other, as the lock of the inode would have it anyway, and tells of several with one wake-up. Such
-//! threads of several queues take turns: waiting for each other in the kernel, they would spin.
+//! threads of several queues take turns with their batches: waiting for each other in the kernel, they would
+//! spin.
 //!
 //! A short write that is alone, with nothing else in flight, is done at once by the thread that has
 //! it: handing it over costs two wake-ups, and there is nothing it could hold up but what comes
@@ -181,13 +182,9 @@ impl Writer {
         if !alone || write.len() > LONE_BYTES || !self.pace.allows() {
             return false;
         }
-        let Ok(turn) = write.file.writers().try_lock() else {
-            return false;
-        };
         let start = Instant::now();
         let result = (write.slot, write.perform());
         self.pace.went(start.elapsed() <= LONE_TIME);
-        drop(turn);
         self.held.clear();
         lock(&self.shared.results).push(result);
         self.shared.told.store(true, Ordering::Release);

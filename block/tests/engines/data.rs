@@ -1,6 +1,11 @@
 //! Moving bytes.
 
-use std::{os::fd::AsRawFd, sync::Arc};
+use std::{
+    fs::{File, FileTimes},
+    os::fd::AsRawFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use block::{
     ErrorKind,
@@ -32,6 +37,28 @@ fn reads_what_was_written() {
     }
 }
 
+/// The first read after a change would set it, as file systems are usually mounted.
+#[test]
+fn reads_leave_the_access_time_alone() {
+    let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    for rig in rigs() {
+        let file = rig.file();
+        let mut engine = rig.engine(8);
+        if engine.engine.is_simulated() {
+            continue;
+        }
+        let id = engine.register(&file);
+        let data = pattern(2 * BLOCK, 5);
+        assert_eq!(engine.write(id, 0, &data, true), 8192, "{}", rig.name);
+        let times = FileTimes::new().set_accessed(long_ago);
+        let other = File::options().write(true).open(rig.path()).unwrap();
+        other.set_times(times).unwrap();
+        assert_eq!(engine.read(id, 0, 2 * BLOCK).unwrap(), data, "{}", rig.name);
+        let accessed = other.metadata().unwrap().accessed().unwrap();
+        assert_eq!(accessed, long_ago, "{}", rig.name);
+    }
+}
+
 /// A page-cached read that is alone may be done beside the engine's ring: from memory or, after a try, from
 /// the disk; with one that follows it goes the usual way.
 #[test]
@@ -44,7 +71,7 @@ fn a_read_that_is_alone_finds_its_data() {
         assert_eq!(engine.write(id, 0, &data, true), 8192, "{}", rig.name);
         for cold in [false, true, true, true, false, true] {
             if cold && !engine.engine.is_simulated() {
-                let file = std::fs::File::open(rig.path()).unwrap();
+                let file = File::open(rig.path()).unwrap();
                 let advice = libc::POSIX_FADV_DONTNEED;
                 // SAFETY: the call takes a descriptor and numbers.
                 let dropped = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) };
