@@ -126,7 +126,8 @@ impl HostFile {
         Self::from_file(file, &path, options)
     }
 
-    /// Takes over an open file; `options` says how it was opened.
+    /// Takes over an open file; `options` says how it was opened. Its description no longer has
+    /// `O_NONBLOCK`, and has `O_NOATIME` where that is allowed.
     ///
     /// # Errors
     /// The host's error; anything but a regular file or block device is refused.

@@ -292,13 +292,21 @@ mod tests {
         (Box::new(work), started, go)
     }
 
+    /// Fails rather than hangs where a job does not begin.
+    fn soon(started: &mpsc::Receiver<()>) {
+        let limit = std::time::Duration::from_secs(30);
+        started
+            .recv_timeout(limit)
+            .expect("a thread begins the job");
+    }
+
     #[test]
     fn a_helper_does_its_own_jobs_that_no_thread_is_free_for() {
         let pool = Pool::new(1).unwrap();
         let helping = pool.help(1);
         let (work, started, go) = blocked();
         pool.execute(work, Some(1));
-        started.recv().unwrap();
+        soon(&started);
         let (sender, ended) = mpsc::channel();
         for (number, helper) in [(0, None), (1, Some(2)), (2, Some(1)), (3, Some(1))] {
             let sender = sender.clone();
@@ -329,18 +337,17 @@ mod tests {
         let helping = pool.help(1);
         let (work, started, go) = blocked();
         pool.execute(work, Some(1));
-        started.recv().expect("the first job always has a thread");
+        soon(&started);
         let (short, short_started, go_short) = blocked();
         pool.execute(short, Some(1));
         assert_eq!(jobs().busy, 1, "the helper's");
         let (long, long_started, go_long) = blocked();
         pool.execute(long, None);
-        short_started
-            .recv()
-            .expect("a job that nobody else may do has a thread called");
+        // A job that nobody else may do has a thread called; it takes the one that came first.
+        soon(&short_started);
         assert_eq!(jobs().busy, 2);
         go_short.send(()).unwrap();
-        long_started.recv().unwrap();
+        soon(&long_started);
         let (last, last_started, _) = blocked();
         go_long.send(()).unwrap();
         while jobs().busy > 1 {
@@ -349,7 +356,7 @@ mod tests {
         pool.execute(last, Some(1));
         assert_eq!(jobs().calls, 0);
         drop(helping);
-        last_started.recv().expect("the helper is gone");
+        soon(&last_started);
         go.send(()).unwrap();
     }
 

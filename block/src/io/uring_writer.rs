@@ -118,14 +118,17 @@ impl Shared {
         let mut writes = Vec::with_capacity(depth);
         let mut results = Vec::with_capacity(TOLD_TOGETHER);
         while self.next(&mut writes) {
-            for some in writes.chunks(TOLD_TOGETHER) {
-                for of_one_file in some.chunk_by(|one, next| Arc::ptr_eq(&one.file, &next.file)) {
+            while !writes.is_empty() {
+                let some = writes.len().min(TOLD_TOGETHER);
+                let same_file = |one: &Write, next: &Write| Arc::ptr_eq(&one.file, &next.file);
+                for of_one_file in writes[..some].chunk_by(same_file) {
                     let _turn = lock(of_one_file[0].file.writers());
                     results.extend(of_one_file.iter().map(|one| (one.slot, one.perform())));
                 }
+                // Given back before anybody is told: who closes the file then ends its locks.
+                writes.drain(..some);
                 self.tell(&mut results);
             }
-            writes.clear();
         }
     }
 }
